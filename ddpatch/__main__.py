@@ -1,0 +1,205 @@
+"""The command line: verbs and their arguments, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from ddpatch import __version__
+from ddpatch.config import load
+from ddpatch.errors import UserError
+from ddpatch.parallel.comm import Communicator, guard
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake like every other one: one line, exit code 2, from one rank."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the message as the user's mistake."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def simulate(args: argparse.Namespace, comm: Communicator) -> None:
+    """Make a data set of turbulence."""
+    from ddpatch.simulate import simulate as run
+
+    with tqdm(desc="simulate", unit="interval", disable=comm.rank > 0) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        run(
+            args.kind,
+            args.output,
+            args.samples,
+            args.grid,
+            args.seed,
+            args.trajectories,
+            args.viscosity,
+            comm,
+            args.device,
+            args.overwrite,
+            progress,
+            args.variable,
+        )
+
+
+def train(args: argparse.Namespace, comm: Communicator) -> None:
+    """Train a model, or continue its run."""
+    from ddpatch.train import train as run
+
+    config = load(args.config, args.set)
+    comm.deterministic = config.parallel.deterministic
+    folder = args.run or Path("runs") / args.config.stem
+    with tqdm(desc="train", unit="step", total=config.train.steps, disable=comm.rank > 0) as bar:
+
+        def progress(row: dict[str, Any]) -> None:
+            bar.update(row["step"] - bar.n)
+            bar.set_postfix_str(
+                f"loss {row['loss']:.4f}, {row['voxels_per_rank_second']:.3g} voxels/s/rank, "
+                f"{row['communication']:.0%} communication, {row['peak_memory_gib']:.2f} GiB"
+            )
+
+        run(config, folder, comm, progress)
+
+
+def sample(args: argparse.Namespace, comm: Communicator) -> None:
+    """Draw samples from a run."""
+    from ddpatch.sample import sample as run
+
+    with tqdm(desc="sample", unit="solver step", disable=comm.rank > 0) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        run(
+            args.run,
+            args.output,
+            args.count,
+            comm,
+            args.solver,
+            args.steps,
+            args.seed,
+            args.grid,
+            args.mode,
+            args.overwrite,
+            progress,
+        )
+
+
+def evaluate(args: argparse.Namespace, comm: Communicator) -> None:
+    """Compare samples with a reference."""
+    from ddpatch.evaluate import evaluate as run
+
+    metrics = run(
+        args.samples,
+        args.reference,
+        args.output,
+        comm,
+        args.overwrite,
+        args.name,
+        args.reference_name,
+        args.axes,
+        args.reference_axes,
+        tuple(args.patch) if args.patch else None,
+        args.limit,
+    )
+    if comm.rank == 0:
+        print(json.dumps(metrics["headline"], indent=1))
+        print(f"report: {args.output / 'report.html'}")
+
+
+def info(args: argparse.Namespace, comm: Communicator) -> None:
+    """Say what this installation consists of."""
+    from ddpatch.info import describe
+
+    text = describe(comm)
+    if comm.rank == 0:
+        print(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The verbs and their arguments."""
+    top = Parser(prog="ddpatch", description="Multi-level patch diffusion models. Put mpirun or srun -n N in front of any verb.")
+    top.add_argument("--version", action="version", version=f"ddpatch {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+    _add_simulate(verbs)
+    _add_train(verbs)
+    _add_sample(verbs)
+    _add_evaluate(verbs)
+    verbs.add_parser("info", help=info.__doc__, description=info.__doc__).set_defaults(run_verb=info)
+    return top
+
+
+def _add_simulate(verbs: Any) -> None:
+    verb = verbs.add_parser("simulate", help=simulate.__doc__, description=simulate.__doc__)
+    verb.add_argument("kind", help="isotropic (3-D, forced) or kolmogorov (2-D)")
+    verb.add_argument("--output", type=Path, required=True, help="HDF5 file to write")
+    verb.add_argument("--samples", type=int, default=48, help="snapshots in all (default %(default)s)")
+    verb.add_argument("--grid", type=int, default=32, help="points per axis (default %(default)s)")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--trajectories", type=int, help="independent simulations (default: one for 6 samples)")
+    verb.add_argument("--viscosity", type=float, help="kinematic (default: what the grid resolves)")
+    verb.add_argument("--variable", default="velocity", help="velocity, or vorticity of kolmogorov flow (default %(default)s)")
+    verb.add_argument("--device", default="cpu", help="cpu, cuda or auto (default %(default)s)")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    verb.set_defaults(run_verb=simulate)
+
+
+def _add_train(verbs: Any) -> None:
+    verb = verbs.add_parser("train", help=train.__doc__, description=train.__doc__)
+    verb.add_argument("config", type=Path, help="YAML file, see configs/")
+    verb.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<name of the configuration>)")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, for example train.steps=100")
+    verb.set_defaults(run_verb=train)
+
+
+def _add_sample(verbs: Any) -> None:
+    verb = verbs.add_parser("sample", help=sample.__doc__, description=sample.__doc__)
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument("--count", type=int, required=True, help="number of samples")
+    verb.add_argument("--output", type=Path, required=True, help="HDF5 file to write; an XDMF sidecar appears beside it")
+    verb.add_argument("--solver", help="heun or dpm++2m (default: that of the run)")
+    verb.add_argument("--steps", type=int, help="solver steps (default: those of the run)")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--grid", type=int, nargs="+", metavar="N", help="points of the samples, [nz] ny nx (default: as trained)")
+    verb.add_argument("--mode", help="gather, virtual, mpio or auto (default: that of the run)")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    verb.set_defaults(run_verb=sample)
+
+
+def _add_evaluate(verbs: Any) -> None:
+    verb = verbs.add_parser("evaluate", help=evaluate.__doc__, description=evaluate.__doc__)
+    verb.add_argument("samples", type=Path, help="HDF5 file of samples")
+    verb.add_argument("--reference", type=Path, required=True, help="HDF5 file of data")
+    verb.add_argument("--output", type=Path, required=True, help="folder of the report")
+    verb.add_argument("--name", default="fields", help="dataset of the samples (default %(default)s)")
+    verb.add_argument("--reference-name", help="dataset of the reference (default: as --name)")
+    verb.add_argument("--axes", help="axes of the samples, for example 'sample z y x channel'")
+    verb.add_argument("--reference-axes", help="axes of the reference")
+    verb.add_argument("--patch", type=int, nargs="+", metavar="P", help="patch shape (default: that of the samples)")
+    verb.add_argument("--limit", type=int, help="use at most this many samples of either file")
+    verb.add_argument("--overwrite", action="store_true", help="replace an existing report")
+    verb.set_defaults(run_verb=evaluate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a verb; returns the exit code: 0, or 2 after a user's mistake."""
+
+    def verb(comm: Communicator) -> None:
+        args = parser().parse_args(argv)
+        args.run_verb(args, comm)
+
+    return guard(verb)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

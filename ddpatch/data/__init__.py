@@ -1,0 +1,1 @@
+"""Fields read by hyperslab, batches of patches, and simulated turbulence."""

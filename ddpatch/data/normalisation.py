@@ -1,0 +1,84 @@
+"""Mean and standard deviation of the training fields, from slabs read by all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpatch.data.fields import FieldFile
+from ddpatch.decomposition import block_range
+from ddpatch.errors import UserError
+from ddpatch.parallel.comm import Communicator
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """The affine map between physical and normalised fields: x = mean + std x̃, per channel.
+
+    Arguments:
+        mean, std: One number per channel.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Physical to normalised, with shape ``[..., channel, *points]`` where ``points`` has the axes of the grid."""
+        mean, std = self._columns(x)
+        return (x - mean) / std
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Normalised to physical, with shape ``[sample, patch, channel, *points]``."""
+        mean, std = self._columns(x)
+        return x * std + mean
+
+    def _columns(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        points = (1,) * (x.ndim - 3)
+        return x.new_tensor(self.mean).view(-1, *points), x.new_tensor(self.std).view(-1, *points)
+
+
+def measure_normalisation(file: FieldFile, samples: Sequence[int], kind: str, comm: Communicator) -> Normalisation:
+    """Mean and deviation over samples and points. Collective.
+
+    Arguments:
+        file: The fields.
+        samples: Samples to read.
+        kind: ``joint``: the means, and one deviation for all channels, the root mean square fluctuation per channel; it keeps a
+            solenoidal vector solenoidal. ``channel``: a deviation for each channel.
+        comm: Ranks that share the reading.
+
+    Raises:
+        UserError: if a channel is constant.
+    """
+    channels = len(file.header.channels)
+    sums = torch.zeros(2 * channels, dtype=torch.float64)
+    for rows in _rows(file, samples, comm):
+        values = torch.from_numpy(rows).to(torch.float64).flatten(1)
+        sums += torch.cat([values.sum(1), values.square().sum(1)])
+    count = len(samples) * np.prod(file.header.grid_shape)
+    mean, square = (comm.allreduce_(sums) / count).split(channels)
+    variance = square - mean.square()
+    if float(variance.min()) <= 1e-12 * float(square.max()):
+        flat = file.header.channels[int(variance.argmin())]
+        raise UserError(f"{file.path}: channel '{flat}' is constant over the training samples; nothing can be learnt of it")
+    if kind == "joint":
+        variance = variance.mean().expand(channels)
+    return Normalisation(tuple(mean.tolist()), tuple(variance.sqrt().tolist()))
+
+
+def _rows(file: FieldFile, samples: Sequence[int], comm: Communicator) -> Iterator[np.ndarray]:
+    """This rank's rows of axis 0, one at a time."""
+    grid = file.header.grid_shape
+    for sample in samples:
+        for row in block_range(grid[0], comm.size, comm.rank):
+            yield file.read(sample, (row, *(0,) * (len(grid) - 1)), (1, *grid[1:]))
+
+
+def as_state(normalisation: Normalisation) -> dict[str, Any]:
+    """For checkpoints: lists of numbers."""
+    return {"mean": list(normalisation.mean), "std": list(normalisation.std)}

@@ -1,0 +1,1 @@
+"""Schedule, denoiser, solver. Nothing here knows about ranks."""

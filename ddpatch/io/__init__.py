@@ -1,0 +1,1 @@
+"""Files: volumes, their XDMF sidecar, checkpoints."""

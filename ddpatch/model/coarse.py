@@ -1,0 +1,128 @@
+"""The coarse level: a vision transformer over the tokens of all patches.
+
+Attention is the sum of a content term and a geometric term. Head h looks at a displacement c_h with a range ℓ_h, both learned,
+in units of the token spacing:
+
+    logit(x, y) = s <q̂(x), k̂(y)> + Σ_axes κ_a (cos(2π (y_a - x_a - c_a) / L_a) - 1),   κ_a = (L_a / (2π ℓ))²
+
+The second term is -(y - x - c)² / 2ℓ² for displacements that are small against the length L_a of the axis, and closes on itself
+on periodic axes (a wall doubles L_a, so that the two ends do not meet). It depends on physical displacements only, so that a
+trained network runs on other numbers of patches; and it is an inner product, so that any attention kernel evaluates it without
+a table of pairs. Attention heads with a learned centre and range contain convolutions: Cordonnier, Loukas, Jaggi, ICLR 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+class GeometricAttention(nn.Module):
+    """Multi-head attention with a window of learned centre and range per head; the range varies with the noise level.
+
+    Arguments:
+        ndim: Axes of the grid.
+        width: Width of a token.
+        heads: Number of heads.
+        embedding: Width of the noise embedding.
+    """
+
+    def __init__(self, ndim: int, width: int, heads: int, embedding: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width)
+        self.sharpness = nn.Parameter(torch.zeros(heads))
+        ranges = torch.logspace(0, 3, heads, base=2.0)
+        self.log_range = nn.Parameter(ranges.log())
+        self.centre = nn.Parameter(torch.randn(heads, ndim) * ranges[:, None] / 2)
+        self.range_of_noise = nn.Linear(embedding, heads)
+        nn.init.zeros_(self.range_of_noise.weight)
+        nn.init.zeros_(self.range_of_noise.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+        """Attend.
+
+        Arguments:
+            x: Tokens, with shape ``[sample, token, width]``.
+            embedding: Shape ``[sample, embedding]``.
+            places: Token coordinates in token spacings, with shape ``[token, axis]``.
+            lengths: Length of each axis before it closes, in token spacings, with shape ``[axis]``.
+        """
+        q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.heads)
+        scale = self.sharpness.exp()[:, None, None] * math.sqrt(q.shape[-1])
+        where_q, where_k = self._windows(embedding, places, lengths)
+        q = torch.cat([F.normalize(q, dim=-1) * scale, where_q], dim=-1)
+        k = torch.cat([F.normalize(k, dim=-1), where_k.expand(*k.shape[:2], -1, -1)], dim=-1)
+        padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        y = F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]
+        return self.out(rearrange(y, "b h n c -> b n (h c)"))
+
+    def _windows(self, embedding: Tensor, places: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The geometric parts of queries and keys, with shapes ``[sample, head, token, 2 axis]`` and ``[1, head, ...]``."""
+        reach = (self.log_range + self.range_of_noise(embedding)).exp()
+        stiffness = (lengths / (2 * math.pi * reach[..., None])).square()
+        turn = 2 * math.pi / lengths
+        angles_q = (places[None] + self.centre[:, None]) * turn
+        angles_k = places[None] * turn
+        where_q = torch.cat([angles_q.cos(), angles_q.sin()], dim=-1) * torch.cat([stiffness, stiffness], dim=-1)[:, :, None]
+        return where_q, torch.cat([angles_k.cos(), angles_k.sin()], dim=-1)[None]
+
+
+class CoarseBlock(nn.Module):
+    """Pre-norm transformer block, both norms modulated by the noise embedding."""
+
+    def __init__(self, ndim: int, width: int, heads: int, embedding: int) -> None:
+        super().__init__()
+        self.attention = GeometricAttention(ndim, width, heads, embedding)
+        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.modulation = nn.Linear(embedding, 4 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+        """Map tokens ``[sample, token, width]`` to the same shape."""
+        scale1, shift1, scale2, shift2 = self.modulation(embedding)[:, None].chunk(4, dim=-1)
+        x = x + self.attention(self.norm1(x) * (1 + scale1) + shift1, embedding, places, lengths)
+        return x + self.perceptron(self.norm2(x) * (1 + scale2) + shift2)
+
+
+class CoarseTransformer(nn.Module):
+    """The vision transformer over all tokens.
+
+    Arguments:
+        ndim: Axes of the grid.
+        inputs: Features of a token as it arrives.
+        width: Width within the transformer and of the result.
+        layers, heads: Number of blocks, and of heads per block.
+        embedding: Width of the noise embedding.
+    """
+
+    def __init__(self, ndim: int, inputs: int, width: int, layers: int, heads: int, embedding: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(inputs, width)
+        self.blocks = nn.ModuleList(CoarseBlock(ndim, width, heads, embedding) for _ in range(layers))
+        self.leave = nn.LayerNorm(width)
+
+    def forward(self, tokens: Tensor, embedding: Tensor, places: Tensor, lengths: Sequence[float]) -> Tensor:
+        """Couple all tokens.
+
+        Arguments:
+            tokens: Shape ``[sample, token, inputs]``.
+            embedding: Shape ``[sample, embedding]``.
+            places: Token coordinates in token spacings, with shape ``[token, axis]``.
+            lengths: Length of each axis before it closes, in token spacings.
+
+        Returns:
+            Shape ``[sample, token, width]``.
+        """
+        x, closes = self.enter(tokens), torch.tensor(lengths, dtype=places.dtype, device=places.device)
+        for block in self.blocks:
+            x = block(x, embedding, places, closes)
+        return self.leave(x)

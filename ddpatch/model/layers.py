@@ -1,0 +1,89 @@
+"""Layers that need no neighbour: convolutions within a patch, and a norm without any reduction over points."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+CONV_TRANSPOSE: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+
+
+class PointNorm(nn.Module):
+    """Root-mean-square norm over the channels of every point: y = g x / sqrt(mean_c x² + ε).
+
+    It reduces over nothing but channels, so it is the same whether a point lies in a patch or in the whole field, and leaves
+    no seam.
+
+    Arguments:
+        channels: Number of channels; dim 1 of the input ``[batch, channel, *points]``.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Normalise, then optionally modulate: y (1 + scale) + shift, both with shape ``[batch, channel]``."""
+        points = (1,) * (x.ndim - 2)
+        gain = self.gain if scale is None else self.gain * (1 + scale)
+        inverse = torch.linalg.vector_norm(x, dim=1, keepdim=True).square().div_(x.shape[1]).add_(1e-6).rsqrt_()
+        y = x * inverse * gain.reshape(-1, x.shape[1], *points)
+        return y if shift is None else y + shift.reshape(*shift.shape, *points)
+
+
+class ResidualBlock(nn.Module):
+    """x → skip(x) + conv(silu(norm(conv(silu(norm x))))), with the second norm modulated by the embedding of σ.
+
+    Arguments:
+        ndim: 2 or 3.
+        inputs, outputs: Channels.
+        embedding: Width of the embedding.
+    """
+
+    def __init__(self, ndim: int, inputs: int, outputs: int, embedding: int) -> None:
+        super().__init__()
+        conv = CONV[ndim]
+        self.norm1, self.norm2 = PointNorm(inputs), PointNorm(outputs)
+        self.conv1 = conv(inputs, outputs, 3, padding=1)
+        self.conv2 = _zero(conv(outputs, outputs, 3, padding=1))
+        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.skip = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Map ``[batch, inputs, *points]`` and ``[batch, embedding]`` to ``[batch, outputs, *points]``."""
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h, scale, shift)))
+        return self.skip(x) + h
+
+
+class NoiseEmbedding(nn.Module):
+    """Features of the noise level: a two-layer perceptron on cos and sin of c_noise = ln(σ)/4 at log-spaced frequencies.
+
+    Arguments:
+        width: Width of the embedding.
+        frequencies: Number of frequencies, from 1 to 64 radians per unit of c_noise.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, frequencies: int = 16) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(0, math.log10(64), frequencies), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+
+    def forward(self, noise: Tensor) -> Tensor:
+        """Map c_noise, with shape ``[sample]``, to ``[sample, width]``."""
+        angles = noise[:, None] * self.frequencies.to(noise.dtype)
+        return self.layers(torch.cat([angles.cos(), angles.sin()], dim=1))
+
+
+def _zero(module: nn.Conv2d | nn.Conv3d) -> nn.Conv2d | nn.Conv3d:
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module

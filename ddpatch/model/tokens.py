@@ -1,0 +1,145 @@
+"""Between the levels: restriction of patches to tokens, and prolongation of tokens to patches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ddpatch.decomposition import Decomposition
+from ddpatch.errors import UserError
+from ddpatch.model.layers import CONV
+
+
+class Restriction(nn.Module):
+    """q^d tokens per patch: compressed latent features, and the block means of the patch itself.
+
+    The block means let the coarse level see the field at high noise, where the mean over a token's cell has far less noise than
+    a point.
+
+    Arguments:
+        ndim: 2 or 3.
+        latent: Channels of the latent.
+        features: Latent features that a token carries.
+        tokens: Tokens per axis, q.
+    """
+
+    def __init__(self, ndim: int, latent: int, features: int, tokens: int) -> None:
+        super().__init__()
+        self.shape = (tokens,) * ndim
+        self.compress = CONV[ndim](latent, features, 1)
+
+    def forward(self, latent: Tensor, patch: Tensor) -> Tensor:
+        """Restrict.
+
+        Arguments:
+            latent: Shape ``[batch, latent, *latent_shape]``.
+            patch: Shape ``[batch, channel, *patch_shape]``.
+
+        Returns:
+            Shape ``[batch, q^d, features + channel]``.
+        """
+        features = _pool(self.compress(latent), self.shape)
+        return torch.cat([features, _pool(patch, self.shape)], dim=1).flatten(2).transpose(1, 2)
+
+
+class Prolongation(nn.Module):
+    """Tokens to points: piecewise constant at the latent's resolution, and linear across patch borders at the finest one.
+
+    Arguments:
+        ndim: 2 or 3.
+        width: Width of a token.
+        latent, fine: Channels at the latent and at the finest level.
+    """
+
+    def __init__(self, ndim: int, width: int, latent: int, fine: int) -> None:
+        super().__init__()
+        self.to_latent, self.to_fine = nn.Linear(width, latent), nn.Linear(width, fine)
+
+    def latent(self, own: Tensor, shape: Sequence[int]) -> Tensor:
+        """Map own tokens ``[batch, q, (q,) q, width]`` to ``[batch, latent, *shape]``."""
+        return _pool(self.to_latent(own).movedim(-1, 1), shape)
+
+    def fine(self, canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]) -> Tensor:
+        """Interpolate linearly between token centres, through the neighbours' tokens.
+
+        Arguments:
+            canvas: All tokens in place, with shape ``[sample, *token_grid, width]``.
+            decomposition: The grid and its patches.
+            patches: Global numbers of the own patches.
+
+        Returns:
+            Shape ``[sample, local patch, fine, *patch_shape]``.
+        """
+        framed = frame(self.to_fine(canvas).movedim(-1, 1), decomposition.periodic)
+        per_patch = [n // g for n, g in zip(canvas.shape[1:-1], decomposition.patch_grid, strict=True)]
+        boxes = [
+            framed[(..., *(slice(i * q, i * q + q + 2) for i, q in zip(decomposition.position(p), per_patch, strict=True)))]
+            for p in patches
+        ]
+        points = torch.stack(boxes, dim=1)
+        for axis, (n, q) in enumerate(zip(decomposition.patch_shape, per_patch, strict=True), start=3):
+            points = (points.movedim(axis, -1) @ interpolation(q, n // q).to(points)).movedim(-1, axis)
+        return points
+
+
+def interpolation(q: int, cell: int) -> Tensor:
+    """Linear interpolation along one axis from q token centres and one neighbour on either side to the q * cell points between.
+
+    Arguments:
+        q: Tokens of the patch along the axis.
+        cell: Points per token.
+
+    Returns:
+        Weights with shape ``[q + 2, q * cell]``; every column sums to 1.
+    """
+    points = (torch.arange(q * cell, dtype=torch.float64) + 0.5) / cell + 0.5
+    distance = (points[None] - torch.arange(q + 2, dtype=torch.float64)[:, None]).abs()
+    return (1 - distance).clamp(min=0)
+
+
+def frame(canvas: Tensor, periodic: Sequence[bool]) -> Tensor:
+    """Add one token on every side: the opposite side's on periodic axes, the same one again at walls.
+
+    Arguments:
+        canvas: Shape ``[sample, channel, *token_grid]``.
+        periodic: Per axis.
+    """
+    for axis, wraps in enumerate(periodic, start=2):
+        low, high = canvas.narrow(axis, 0, 1), canvas.narrow(axis, -1, 1)
+        canvas = torch.cat([high, canvas, low] if wraps else [low, canvas, high], dim=axis)
+    return canvas
+
+
+def to_canvas(tokens: Tensor, patch_grid: Sequence[int], q: int) -> Tensor:
+    """Put tokens in place: ``[sample, patch, q^d, feature]`` to ``[sample, *token_grid, feature]``."""
+    if len(patch_grid) == 2:
+        y, x = patch_grid
+        return rearrange(tokens, "b (y x) (j i) c -> b (y j) (x i) c", y=y, x=x, j=q, i=q)
+    z, y, x = patch_grid
+    return rearrange(tokens, "b (z y x) (k j i) c -> b (z k) (y j) (x i) c", z=z, y=y, x=x, k=q, j=q, i=q)
+
+
+def token_places(patch_grid: Sequence[int], q: int) -> Tensor:
+    """Coordinates of the token centres in token spacings, in the order of the canvas, with shape ``[token, axis]``."""
+    axes = [torch.arange(n * q, dtype=torch.float64) + 0.5 for n in patch_grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def check_tokens(patch_shape: Sequence[int], q: int, levels: int) -> None:
+    """Raise a UserError unless q divides the patch and the U-Net's levels fit into it."""
+    for n in patch_shape:
+        if n % q:
+            raise UserError(f"model.tokens: {q} tokens per axis do not divide the patch {list(patch_shape)}")
+        if n % 2 ** (levels - 1):
+            raise UserError(
+                f"model.channels: {levels} levels need a patch divisible by {2 ** (levels - 1)}, got domain.patch {list(patch_shape)}"
+            )
+
+
+def _pool(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Block means, or repetition where ``shape`` is finer."""
+    return F.adaptive_avg_pool2d(x, shape) if len(shape) == 2 else F.adaptive_avg_pool3d(x, shape)

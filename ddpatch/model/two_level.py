@@ -1,0 +1,125 @@
+"""The two-level network: shared U-Net on every patch (fine level), vision transformer over all tokens (coarse level)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ddpatch.config import ModelConfig
+from ddpatch.decomposition import Decomposition
+from ddpatch.model.coarse import CoarseTransformer
+from ddpatch.model.layers import NoiseEmbedding, ResidualBlock
+from ddpatch.model.positions import coordinate_features, num_coordinate_features
+from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, to_canvas, token_places
+from ddpatch.model.unet import Decoder, Encoder
+
+
+class Coupling(Protocol):
+    """What the network is given to reach other patches. See :class:`ddpatch.parallel.collectives.Exchange`.
+
+    Attributes:
+        decomposition: The grid and its patches.
+        patches: Global numbers of the own patches.
+    """
+
+    decomposition: Decomposition
+    patches: Sequence[int]
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """``[sample, local patch, ...]`` to ``[sample, patch, ...]``. Collective."""
+
+    def halo(self, patches: Tensor) -> Tensor:
+        """``[sample, local patch, channel, *patch_shape]`` to windows of ``patch_shape + 2 δ``. Collective."""
+
+
+class TwoLevelModel(nn.Module):
+    """Two-level domain decomposition as a network: one halo exchange and one gather per evaluation, whatever its depth.
+
+    Arguments:
+        channels: Channels of the field.
+        ndim: 2 or 3.
+        config: Widths, halo and tokens.
+        periodic: Per axis; walls add a channel that marks the inside.
+    """
+
+    def __init__(self, channels: int, ndim: int, config: ModelConfig, periodic: Sequence[bool]) -> None:
+        super().__init__()
+        self.config, self.periodic = config, tuple(periodic)
+        widths, embedding = config.channels, 4 * config.channels[0]
+        extra = num_coordinate_features(self.periodic, config.positions)
+        self.embed = NoiseEmbedding(embedding)
+        self.encoder = Encoder(ndim, channels + extra, widths, config.blocks, config.halo, embedding)
+        self.decoder = Decoder(ndim, channels, widths, config.blocks, embedding)
+        self.bottleneck = ResidualBlock(ndim, widths[-1], widths[-1], embedding)
+        if config.coarse_layers:
+            self.restriction = Restriction(ndim, widths[-1], config.token_channels, config.tokens)
+            self.coarse = CoarseTransformer(
+                ndim,
+                config.token_channels + channels + extra,
+                config.coarse_width,
+                config.coarse_layers,
+                config.coarse_heads,
+                embedding,
+            )
+            self.prolongation = Prolongation(ndim, config.coarse_width, widths[-1], widths[0])
+
+    def forward(self, x: Tensor, noise: Tensor, coupling: Coupling) -> Tensor:
+        """Evaluate the network on the own patches. Collective.
+
+        Arguments:
+            x: Scaled noisy patches c_in x_t, with shape ``[sample, local patch, channel, *patch_shape]``.
+            noise: c_noise, one value per sample shared by all its patches, with shape ``[sample]``.
+            coupling: How to reach other patches.
+
+        Returns:
+            Shape of ``x``.
+        """
+        local = x.shape[1]
+        embedding = self.embed(noise)
+        repeated = embedding.repeat_interleave(local, dim=0)
+        latent, skips = self.encoder(self._windows(x, coupling), repeated)
+        if self.config.coarse_layers:
+            into_latent, into_fine = self._couple(latent, x, embedding, coupling)
+        else:
+            into_latent, into_fine = torch.zeros_like(latent), latent.new_zeros(())
+        latent = self.bottleneck(latent + into_latent, repeated)
+        return self.decoder(latent, skips, repeated, into_fine).unflatten(0, x.shape[:2])
+
+    def _windows(self, x: Tensor, coupling: Coupling) -> Tensor:
+        """Encoder input: the halo's windows, with the coordinates of their points. Shape ``[sample * patch, ...]``."""
+        windows = coupling.halo(x)
+        features = coordinate_features(coupling.decomposition, coupling.patches, self.config.halo, self.config.positions).to(x)
+        return torch.cat([windows, features.expand(len(x), -1, -1, *windows.shape[3:])], dim=2).flatten(0, 1)
+
+    def _couple(self, latent: Tensor, x: Tensor, embedding: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+        """Restrict, gather, transform, prolong: contributions to the latent and to the finest decoder stage."""
+        decomposition, q, ndim = coupling.decomposition, self.config.tokens, len(self.periodic)
+        check_tokens(decomposition.patch_shape, q, len(self.config.channels))
+        own = self.restriction(latent, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        canvas = to_canvas(coupling.gather(own), decomposition.patch_grid, q)
+        grid = canvas.shape[1:-1]
+        tokens = torch.cat([canvas, self._token_features(decomposition).to(x).expand(len(x), *grid, -1)], dim=-1)
+        places = token_places(decomposition.patch_grid, q).to(x)
+        lengths = [n * (1.0 if wraps else 2.0) for n, wraps in zip(grid, self.periodic, strict=True)]
+        canvas = self.coarse(tokens.flatten(1, ndim), embedding, places, lengths).unflatten(1, grid)
+        boxes = [
+            canvas[(slice(None), *(slice(i * q, i * q + q) for i in decomposition.position(patch)))] for patch in coupling.patches
+        ]
+        into_latent = self.prolongation.latent(torch.stack(boxes, dim=1).flatten(0, 1), latent.shape[2:])
+        into_fine = self.prolongation.fine(canvas, decomposition, coupling.patches)
+        return into_latent, into_fine.flatten(0, 1)
+
+    def _token_features(self, decomposition: Decomposition) -> Tensor:
+        """Coordinates of all tokens, with shape ``[*token_grid, feature]``: the same features, of a grid with a point per token."""
+        token_grid = tuple(n * self.config.tokens for n in decomposition.patch_grid)
+        tokens = Decomposition(token_grid, token_grid, 1, decomposition.periodic)
+        return coordinate_features(tokens, [0], 0, self.config.positions)[0].movedim(0, -1)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of trainable numbers."""
+    return sum(math.prod(p.shape) for p in module.parameters() if p.requires_grad)

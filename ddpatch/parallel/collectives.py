@@ -1,0 +1,95 @@
+"""Differentiable communication of stacked patches: the token gather and the halo exchange, with their adjoints.
+
+Gradient convention. L is the sum over ranks of local losses, each the sum over own patches divided by the *global* element
+count. Parameters are replicated and their gradients are summed over the ranks that share a sample. Hence the adjoint of the
+gather is a reduce-scatter that sums, the adjoint of a halo copy is a halo addition, and an all-reduced loss is reported
+detached, never differentiated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpatch.decomposition import Decomposition
+from ddpatch.parallel.comm import Communicator
+from ddpatch.parallel.halo import Halo
+
+
+class _GatherTokens(torch.autograd.Function):
+    """Forward: allgather along the patch dim. Backward: reduce-scatter (sum)."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, comm: Communicator, counts: tuple[int, ...]) -> Tensor:
+        ctx.comm, ctx.counts = comm, counts
+        return comm.allgather(tokens, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.comm.reduce_scatter(grads[0], ctx.counts), None, None
+
+
+class _ExchangeHalo(torch.autograd.Function):
+    """Forward: copy the neighbours' borders into the window. Backward: add the window's borders onto the neighbours."""
+
+    @staticmethod
+    def forward(ctx: Any, patches: Tensor, comm: Communicator, halo: Halo) -> Tensor:
+        ctx.comm, ctx.halo = comm, halo
+        return halo.copy(patches, comm)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.halo.add(grads[0], ctx.comm), None, None
+
+
+class Exchange:
+    """The two communications of one denoiser evaluation, over the patches of a decomposition.
+
+    Arguments:
+        decomposition: The grid, its patches and their owners.
+        comm: The ranks that share a sample; as many as the decomposition has.
+        width: Halo width δ in points, at most the patch's smallest side.
+    """
+
+    def __init__(self, decomposition: Decomposition, comm: Communicator, width: int) -> None:
+        self.decomposition, self.comm = decomposition, comm
+        self.patches = decomposition.local_patches(comm.rank)
+        self._halo = Halo(decomposition, comm.rank, width)
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """All patches' tokens from the own patches' tokens. Collective.
+
+        Arguments:
+            tokens: Own tokens, with shape ``[sample, local patch, ...]``.
+
+        Returns:
+            Tokens of all patches in global order, with shape ``[sample, patch, ...]``.
+        """
+        rows = tokens.transpose(0, 1).contiguous()
+        return _GatherTokens.apply(rows, self.comm, self.decomposition.counts).transpose(0, 1)
+
+    def halo(self, patches: Tensor) -> Tensor:
+        """Windows of the own patches: the patch with δ points of its neighbours on every side, zero beyond walls. Collective.
+
+        Arguments:
+            patches: Own patches, with shape ``[sample, local patch, channel, *patch_shape]``.
+
+        Returns:
+            Windows with shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``.
+        """
+        return _ExchangeHalo.apply(patches, self.comm, self._halo)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], comm: Communicator) -> None:
+    """Sum the parameter gradients over all ranks, in one flat message. A missing gradient counts as zero. Collective."""
+    parameters = [p for p in parameters if p.requires_grad]
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = comm.allreduce_(torch.cat([g.reshape(-1) for g in grads]))
+    for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(summed.view_as(grad))

@@ -1,0 +1,145 @@
+"""The halo of the own patches: which box of which neighbour goes where, and the copy and its adjoint."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpatch.decomposition import Decomposition, Index
+from ddpatch.errors import UserError
+from ddpatch.parallel.comm import Communicator
+
+Box = tuple[slice, ...]
+ALL = slice(None)
+
+
+class Move(NamedTuple):
+    """The halo of some patches in one direction.
+
+    Attributes:
+        offset: Direction from the receiving patch to the sending one.
+        patches: Local numbers of the patches on this rank (sending or receiving).
+    """
+
+    offset: Index
+    patches: list[int]
+
+
+class Halo:
+    """The plan of the halo exchange of one rank, made without communication.
+
+    Both ends of a message list its pieces in the same order: by direction, then by receiving patch.
+
+    Arguments:
+        decomposition: The grid, its patches and their owners.
+        rank: The rank whose plan this is.
+        width: Halo width δ in points.
+
+    Raises:
+        UserError: if the halo is wider than a patch.
+    """
+
+    def __init__(self, decomposition: Decomposition, rank: int, width: int) -> None:
+        if width > min(decomposition.patch_shape):
+            raise UserError(f"model.halo: {width} points are wider than the patch {list(decomposition.patch_shape)}")
+        self.rank, self.width, self.shape = rank, width, decomposition.patch_shape
+        self._sends: dict[int, list[Move]] = defaultdict(list)
+        self._receives: dict[int, list[Move]] = defaultdict(list)
+        if width:
+            self._plan(decomposition)
+
+    def _plan(self, decomposition: Decomposition) -> None:
+        own = decomposition.local_patches(self.rank)
+        for offset in decomposition.offsets:
+            outgoing: dict[int, list[int]] = defaultdict(list)
+            incoming: dict[int, list[int]] = defaultdict(list)
+            opposite = tuple(-o for o in offset)
+            receivers = ((decomposition.neighbour(patch, opposite), patch) for patch in own)
+            for receiver, patch in sorted((r, p) for r, p in receivers if r is not None):
+                outgoing[decomposition.owner(receiver)].append(patch - own.start)
+            for patch in own:
+                sender = decomposition.neighbour(patch, offset)
+                if sender is not None:
+                    incoming[decomposition.owner(sender)].append(patch - own.start)
+            for peer, patches in outgoing.items():
+                self._sends[peer].append(Move(offset, patches))
+            for peer, patches in incoming.items():
+                self._receives[peer].append(Move(offset, patches))
+
+    def copy(self, patches: Tensor, comm: Communicator) -> Tensor:
+        """Windows of the own patches. Collective.
+
+        Arguments:
+            patches: Shape ``[sample, local patch, channel, *patch_shape]``.
+
+        Returns:
+            Shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``, zero beyond walls.
+        """
+        if not self.width:
+            return patches
+        windows = patches.new_zeros(*patches.shape[:3], *(n + 2 * self.width for n in self.shape))
+        windows[(..., *self._interior())] = patches
+        outgoing = {peer: _pack(patches, moves, self._edge) for peer, moves in self._sends.items()}
+        received = self._exchange(outgoing, self._receives, windows, comm)
+        for peer, moves in self._receives.items():
+            for move, piece in self._unpack(received[peer], moves, windows):
+                windows[(ALL, move.patches, ALL, *self._ring(move.offset))] = piece
+        return windows
+
+    def add(self, windows: Tensor, comm: Communicator) -> Tensor:
+        """The adjoint of :meth:`copy`: the windows' halos are added onto the patches that they came from. Collective.
+
+        Arguments:
+            windows: Shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``.
+
+        Returns:
+            Shape ``[sample, local patch, channel, *patch_shape]``.
+        """
+        if not self.width:
+            return windows
+        patches = windows[(..., *self._interior())].clone()
+        outgoing = {peer: _pack(windows, moves, self._ring) for peer, moves in self._receives.items()}
+        received = self._exchange(outgoing, self._sends, windows, comm)
+        for peer, moves in self._sends.items():
+            for move, piece in self._unpack(received[peer], moves, windows):
+                patches[(ALL, move.patches, ALL, *self._edge(move.offset))] += piece
+        return patches
+
+    def _exchange(
+        self, outgoing: dict[int, Tensor], receives: dict[int, list[Move]], like: Tensor, comm: Communicator
+    ) -> dict[int, Tensor]:
+        incoming = {peer: like.new_empty(sum(self._sizes(moves, like))) for peer, moves in receives.items()}
+        return comm.exchange(outgoing, incoming, kind="halo")
+
+    def _unpack(self, message: Tensor, moves: list[Move], like: Tensor) -> Iterable[tuple[Move, Tensor]]:
+        for move, flat in zip(moves, message.split(self._sizes(moves, like)), strict=True):
+            yield move, flat.view(like.shape[0], len(move.patches), like.shape[2], *self._extent(move.offset))
+
+    def _sizes(self, moves: list[Move], like: Tensor) -> list[int]:
+        per_patch = like.shape[0] * like.shape[2]
+        return [per_patch * len(m.patches) * torch.Size(self._extent(m.offset)).numel() for m in moves]
+
+    def _extent(self, offset: Index) -> Index:
+        return tuple(self.width if o else n for o, n in zip(offset, self.shape, strict=True))
+
+    def _interior(self) -> Box:
+        return tuple(slice(self.width, self.width + n) for n in self.shape)
+
+    def _edge(self, offset: Index) -> Box:
+        """The box of the sending patch: its low edge for an upper neighbour, its high edge for a lower one."""
+        low, high = slice(0, self.width), slice(-self.width, None)
+        return tuple(ALL if o == 0 else low if o > 0 else high for o in offset)
+
+    def _ring(self, offset: Index) -> Box:
+        """The box of the receiving window, in the halo."""
+        low, high = slice(0, self.width), slice(-self.width, None)
+        inner = self._interior()
+        return tuple(inner[a] if o == 0 else high if o > 0 else low for a, o in enumerate(offset))
+
+
+def _pack(tensor: Tensor, moves: list[Move], box: Callable[[Index], Box]) -> Tensor:
+    return torch.cat([tensor[(ALL, move.patches, ALL, *box(move.offset))].reshape(-1) for move in moves])

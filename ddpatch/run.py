@@ -1,0 +1,143 @@
+"""A run: what its configuration and data determine together, the objects made from them, and its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpatch.config import Config, build
+from ddpatch.data.batches import check_grid
+from ddpatch.data.fields import FieldFile
+from ddpatch.data.normalisation import Normalisation, measure_normalisation
+from ddpatch.decomposition import Decomposition
+from ddpatch.diffusion.denoiser import Denoiser
+from ddpatch.diffusion.schedule import Schedule, sigma_range
+from ddpatch.errors import UserError
+from ddpatch.model.tokens import check_tokens
+from ddpatch.model.two_level import Coupling, TwoLevelModel
+from ddpatch.parallel.comm import Communicator
+from ddpatch.random import Stream, generator
+from ddpatch.statistics.spectrum import mode_deviation
+
+FREE_TO_CHANGE: dict[str, set[str] | None] = {"train": {"steps", "log_every", "checkpoint_every"}, "sample": None, "output": None, "parallel": None}
+
+
+@dataclass(frozen=True)
+class Field:
+    """What the samples of a run are fields of: everything that was measured on the training data.
+
+    Arguments:
+        channels: Names of the channels.
+        spacing: Distance of neighbouring points per axis.
+        normalisation: Physical to normalised fields.
+        sigma_min, sigma_max: Noise levels, in units of the normalised data's deviation.
+    """
+
+    channels: tuple[str, ...]
+    spacing: tuple[float, ...]
+    normalisation: Normalisation
+    sigma_min: float
+    sigma_max: float
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise levels."""
+        return Schedule(self.sigma_min, self.sigma_max)
+
+    def as_state(self) -> dict[str, Any]:
+        """For checkpoints: plain lists and numbers."""
+        state = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in state.items()}
+
+    @staticmethod
+    def from_state(state: dict[str, Any]) -> Field:
+        """The inverse of :meth:`as_state`."""
+        affine = Normalisation(*(tuple(state["normalisation"][key]) for key in ("mean", "std")))
+        return Field(tuple(state["channels"]), tuple(state["spacing"]), affine, state["sigma_min"], state["sigma_max"])
+
+
+def resolve(config: Config, file: FieldFile) -> Config:
+    """Fill in the grid and periodicity that the configuration leaves to the data, and check that data and domain fit."""
+    full, closes = file.header.grid_shape, file.header.periodic
+    grid = config.domain.grid or full
+    cropped = [len(grid) == len(full) and m < n for m, n in zip(grid, full, strict=False)]
+    periodic = config.domain.periodic or tuple(c and not cut for c, cut in zip(closes, cropped, strict=False))
+    domain = dataclasses.replace(config.domain, grid=grid, periodic=periodic)
+    check_grid(file, grid, periodic)
+    if config.data.holdout >= file.header.samples:
+        raise UserError(f"data.holdout: {config.data.holdout} leaves none of the {file.header.samples} samples of {file.path}")
+    return dataclasses.replace(config, domain=domain)
+
+
+def measure_field(config: Config, file: FieldFile, comm: Communicator, most: int = 64) -> Field:
+    """Measure normalisation and range of noise levels on the training samples, at most ``most`` of them. Collective.
+
+    Wave numbers count as resolved up to the file's attribute ``k_max``, or else up to a third of the points per axis, where
+    dealiased simulations end.
+    """
+    samples = training_samples(config, file)
+    picked = samples[:: -(-len(samples) // most)]
+    affine = measure_normalisation(file, picked, config.data.normalise, comm)
+    low, high = config.diffusion.sigma_min, config.diffusion.sigma_max
+    if low is None or high is None:
+        deviation = mode_deviation(file, picked, comm, mean=affine.mean, std=affine.std)
+        volume = Decomposition(file.header.grid_shape, file.header.grid_shape).num_points
+        resolved = int(file.header.attributes.get("k_max", min(file.header.grid_shape) // 3))
+        measured = sigma_range(deviation * (decompose(config, 1).num_points / volume) ** 0.5, resolved)
+        low, high = low or measured[0], high or measured[1]
+    return Field(file.header.channels, file.header.spacing, affine, low, high)
+
+
+def training_samples(config: Config, file: FieldFile) -> range:
+    """The samples that are not held out."""
+    return range(file.header.samples - config.data.holdout)
+
+
+def decompose(config: Config, size: int, grid: Sequence[int] | None = None) -> Decomposition:
+    """The decomposition of the configured grid, or of another one with the same patches, over ``size`` ranks."""
+    domain = config.domain
+    assert domain.grid is not None and domain.periodic is not None
+    return Decomposition(tuple(grid or domain.grid), domain.patch, size, domain.periodic)
+
+
+def make_model(config: Config, channels: int) -> TwoLevelModel:
+    """The network with initial weights keyed by the seed: the same on all ranks. Leaves torch's global state as it was."""
+    domain, model = config.domain, config.model
+    assert domain.periodic is not None
+    check_tokens(domain.patch, model.tokens, len(model.channels))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(generator(config.train.seed, Stream.INIT).integers(2**62)))
+        return TwoLevelModel(channels, len(domain.patch), model, domain.periodic).to(dtype(config))
+
+
+def dtype(config: Config) -> torch.dtype:
+    """Type of weights and fields."""
+    return torch.float64 if config.train.dtype == "float64" else torch.float32
+
+
+def make_denoiser(model: TwoLevelModel, coupling: Coupling) -> Denoiser:
+    """The denoiser of coupled patches."""
+
+    def network(x: Tensor, noise: Tensor) -> Tensor:
+        return model(x, noise, coupling)
+
+    return Denoiser(network)
+
+
+def check_same_run(config: Config, state: dict[str, Any], folder: Path) -> None:
+    """Raise a UserError unless the configuration continues the run of a checkpoint."""
+    for section, values in build(state["config"], str(folder)).as_dict().items():
+        free = FREE_TO_CHANGE.get(section, set())
+        for key, value in values.items():
+            wanted = config.as_dict()[section][key]
+            if free is not None and key not in free and value != wanted:
+                raise UserError(
+                    f"{folder}: the run was started with {section}.{key} = {value}, the configuration has {wanted}; "
+                    "choose another --run, or the value of the run"
+                )

@@ -1,0 +1,137 @@
+"""Sampling: one loop that reads top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddpatch import __version__
+from ddpatch.config import Config, build
+from ddpatch.diffusion.solvers import make_solver
+from ddpatch.errors import UserError
+from ddpatch.io import checkpoint
+from ddpatch.io.volume import VolumeHeader
+from ddpatch.io.writers import open_writer
+from ddpatch.io.xdmf import write_sidecar
+from ddpatch.parallel.collectives import Exchange
+from ddpatch.parallel.comm import Communicator
+from ddpatch.random import Stream, patch_noise
+from ddpatch.run import Field, decompose, dtype, make_denoiser, make_model
+
+Progress = Callable[[int], None]
+
+
+class Sampler:
+    """A trained run, ready to draw samples on a grid.
+
+    Arguments:
+        folder: Of the run; its newest checkpoint is taken.
+        comm: The ranks that share every sample.
+        grid: Points of the samples' grid, a multiple of the patch. Default: the grid of the training.
+
+    Raises:
+        UserError: if there is no readable checkpoint, or the grid does not fit the patches or the ranks.
+    """
+
+    def __init__(self, folder: Path, comm: Communicator, grid: Sequence[int] | None = None) -> None:
+        path, state = checkpoint.load_latest(folder)
+        self.config: Config = build(state["config"], str(path))
+        self.field = Field.from_state(state["statistics"])
+        self.samples_seen: int = state["samples_seen"]
+        self.comm, self.device = comm, comm.place(self.config.parallel.device)
+        if grid is not None and len(grid) != len(self.config.domain.patch):
+            raise UserError(f"--grid {' '.join(map(str, grid))}: the run has {len(self.config.domain.patch)} axes")
+        self.decomposition = decompose(self.config, comm.size, grid)
+        self.coupling = Exchange(self.decomposition, comm, self.config.model.halo)
+        model = make_model(self.config, len(self.field.channels))
+        checkpoint.restore_weights(model, state["ema"], path)
+        self.denoise = make_denoiser(model.to(self.device).eval(), self.coupling)
+
+    @torch.no_grad()
+    def draw(self, samples: Sequence[int], seed: int, solver: str, steps: int, progress: Progress = lambda done: None) -> Tensor:
+        """Own patches of some samples in physical units. Collective.
+
+        Arguments:
+            samples: Global sample numbers; together with ``seed`` they name the noise.
+            seed: Of the series.
+            solver: Name of the solver.
+            steps: Number of solver steps.
+            progress: Called after every step with the number of steps done.
+
+        Returns:
+            Shape ``[sample, local patch, channel, *patch_shape]``.
+        """
+        shape = (len(self.field.channels), *self.decomposition.patch_shape)
+        noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config)).to(self.device)
+        sigmas = self.field.schedule.steps(steps)
+        x = noise * float(sigmas[0])
+        for done, x in enumerate(make_solver(solver, self.denoise).trajectory(x, sigmas), start=1):
+            progress(done)
+        return self.field.normalisation.restore(x)
+
+    def header(self, count: int, **provenance: Any) -> VolumeHeader:
+        """The header of a file of ``count`` samples."""
+        return VolumeHeader(
+            count,
+            self.field.channels,
+            self.decomposition.grid_shape,
+            self.field.spacing,
+            self.decomposition.periodic,
+            attributes={
+                "created_by": f"ddpatch {__version__}",
+                "patch_shape": list(self.decomposition.patch_shape),
+                "ranks": self.comm.size,
+                "samples_seen": self.samples_seen,
+                "config": self.config.as_yaml(),
+                **provenance,
+            },
+        )
+
+
+def sample(
+    folder: Path,
+    output: Path,
+    count: int,
+    comm: Communicator,
+    solver: str | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    grid: Sequence[int] | None = None,
+    mode: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Draw samples from a trained run into one file, with an XDMF sidecar. Collective.
+
+    Arguments:
+        folder: Of the run.
+        output: File of the samples.
+        count: Number of samples; sample k depends on ``seed`` and k only.
+        comm: The ranks that share every sample.
+        solver, steps, mode: Override the configuration of the run.
+        seed: Of the series.
+        grid: Points of the samples' grid. Default: that of the training.
+        overwrite: Replace an existing file.
+        progress: Called on every rank with the solver steps done and to do, all samples together.
+
+    Raises:
+        UserError: if run, grid, ranks or output do not fit.
+    """
+    if count < 1:
+        raise UserError(f"--count {count}: expected at least 1 sample")
+    sampler = Sampler(folder, comm, grid)
+    defaults = sampler.config.sample
+    solver, steps = solver or defaults.solver, steps or defaults.steps
+    batch, total = sampler.config.train.batch, -(-count // sampler.config.train.batch) * steps
+    header = sampler.header(count, seed=seed, solver=solver, steps=steps)
+    with open_writer(output, header, sampler.decomposition, comm, mode or sampler.config.output.mode, overwrite) as writer:
+        for i, start in enumerate(range(0, count, batch)):
+            numbers = range(start, min(start + batch, count))
+            drawn = sampler.draw(numbers, seed, solver, steps, lambda done, i=i: progress(i * steps + done, total))
+            for number, patches in zip(numbers, drawn, strict=True):
+                writer.write(number, patches.to("cpu", torch.float32))
+    comm.on_root(lambda: write_sidecar(output, header, overwrite=True))

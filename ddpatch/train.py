@@ -1,0 +1,250 @@
+"""Training: one loop that reads top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddpatch.config import Config
+from ddpatch.data.batches import PatchBatches
+from ddpatch.data.fields import FieldFile
+from ddpatch.diffusion.average import AveragedModel
+from ddpatch.diffusion.denoiser import detached_sum
+from ddpatch.io import checkpoint
+from ddpatch.parallel.collectives import Exchange, sum_gradients
+from ddpatch.parallel.comm import Communicator
+from ddpatch.random import Stream, generator, patch_noise
+from ddpatch.run import (
+    Field,
+    check_same_run,
+    decompose,
+    dtype,
+    make_denoiser,
+    make_model,
+    measure_field,
+    resolve,
+    training_samples,
+)
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Training:
+    """The state of a training run on this rank, and one step of it.
+
+    Every parameter, moment and average is replicated on all ranks; a rank owns only its patches of the fields.
+
+    Arguments:
+        config: Resolved configuration.
+        file: The training fields.
+        field: What was measured on them.
+        comm: The ranks that share every sample.
+    """
+
+    def __init__(self, config: Config, file: FieldFile, field: Field, comm: Communicator) -> None:
+        self.config, self.field, self.comm = config, field, comm
+        self.device = comm.place(config.parallel.device)
+        self.decomposition = decompose(config, comm.size)
+        self.coupling = Exchange(self.decomposition, comm, config.model.halo)
+        self.model = make_model(config, len(field.channels)).to(self.device)
+        self.average = AveragedModel(self.model, config.train.ema)
+        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.train.learning_rate, betas=(0.9, 0.99))
+        self.denoiser = make_denoiser(self.model, self.coupling)
+        self.batches = PatchBatches(
+            file,
+            training_samples(config, file),
+            self.decomposition,
+            self.coupling.patches,
+            field.normalisation,
+            config.train.seed,
+            config.data.shift,
+        )
+        self.step = self.samples_seen = 0
+
+    def advance(self) -> float:
+        """One optimiser step on the next batch; returns the loss, the mean over all elements. Collective."""
+        train = self.config.train
+        loss = self.accumulate(*self.next_batch())
+        sum_gradients(self.model.parameters(), self.comm)
+        nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.step, train.steps, train.warmup) * train.learning_rate
+        self.optimiser.step()
+        self.step += 1
+        self.samples_seen += train.batch
+        self.average.update(self.model, train.batch, self.samples_seen)
+        return float(loss)
+
+    def next_batch(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Own clean patches and unit noise, ``[sample, local patch, channel, *patch_shape]``, and one σ per sample."""
+        train, draws = self.config.train, range(self.samples_seen, self.samples_seen + self.config.train.batch)
+        clean = self.batches.read(draws, dtype(self.config))
+        noise = patch_noise(clean.shape[2:], train.seed, Stream.NOISE, draws, 0, self.coupling.patches, clean.dtype)
+        uniform = generator(train.seed, Stream.SIGMA, self.step).random()
+        sigma = self.field.schedule.training(uniform, train.batch)
+        return clean.to(self.device), noise.to(self.device), sigma.to(self.device)
+
+    def accumulate(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+        """Gradients of the local loss, and the global loss, detached. Collective.
+
+        The local loss is the sum over own patches divided by the global element count, so that the sum over ranks is the mean.
+        """
+        elements = len(clean) * self.decomposition.num_points * clean.shape[2]
+        losses = self.denoiser.loss(clean, noise, sigma)
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.autograd.set_multithreading_enabled(False):
+            (losses.sum() / elements).backward()
+        return self.comm.allreduce_(detached_sum(losses)[None])[0] / elements
+
+    def state(self) -> dict[str, Any]:
+        """Everything that continues the run on any number of ranks."""
+        return {
+            "config": self.config.as_dict(),
+            "statistics": self.field.as_state(),
+            "model": self.model.state_dict(),
+            "ema": self.average.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "samples_seen": self.samples_seen,
+        }
+
+    def restore(self, state: dict[str, Any], origin: Path) -> None:
+        """Continue from a checkpoint's state; ``origin`` names it in messages."""
+        checkpoint.restore_weights(self.model, state["model"], origin)
+        checkpoint.restore_weights(self.average.module, state["ema"], origin)
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.samples_seen = state["step"], state["samples_seen"]
+
+
+def train(config: Config, folder: Path, comm: Communicator, progress: Progress = lambda row: None) -> None:
+    """Train until ``train.steps`` steps are done, from the newest checkpoint in ``folder`` if there is one. Collective.
+
+    Arguments:
+        config: As the user wrote it.
+        folder: Of the run: config.yaml, log.jsonl and checkpoints.
+        comm: The ranks that share every sample.
+        progress: Called on rank 0 with every row of the log.
+
+    Raises:
+        UserError: if configuration, data and an earlier part of the run do not fit together.
+    """
+    with FieldFile(config.data.path, config.data.name, config.data.axes) as file:
+        config = resolve(config, file)
+        decompose(config, comm.size)
+        found = comm.broadcast(checkpoint.find_all(folder))[-1:]
+        state = checkpoint.load(found[0]) if found else None
+        if state:
+            check_same_run(config, state, folder)
+        field = Field.from_state(state["statistics"]) if state else measure_field(config, file, comm)
+        training = Training(config, file, field, comm)
+        if state:
+            training.restore(state, found[0])
+        comm.on_root(lambda: start_folder(folder, config))
+        run_steps(training, folder, progress)
+
+
+def run_steps(training: Training, folder: Path, progress: Progress) -> None:
+    """Advance to the last step, with a row of the log and a checkpoint now and then. Collective."""
+    settings, comm = training.config.train, training.comm
+    with Log(folder / "log.jsonl", training, progress) as log:
+        while training.step < settings.steps:
+            loss = training.advance()
+            last = training.step == settings.steps
+            log.add(loss)
+            if last or training.step % settings.log_every == 0:
+                log.write()
+            if last or training.step % settings.checkpoint_every == 0:
+                checkpoint.save(folder, training.state(), comm)
+
+
+class Log:
+    """The rows of log.jsonl, written by rank 0: means over the steps since the row before."""
+
+    def __init__(self, path: Path, training: Training, progress: Progress) -> None:
+        self.training, self.progress = training, progress
+        self._path = path if training.comm.rank == 0 else None
+        self._board = _tensorboard(path.parent) if self._path else None
+        self._reset()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._board:
+            self._board.close()
+
+    def add(self, loss: float) -> None:
+        """Take in the loss of one step."""
+        self._losses.append(loss)
+
+    def write(self) -> None:
+        """Write a row and begin anew. Collective."""
+        training, wall = self.training, time.perf_counter() - self._start
+        comm, points = training.comm, training.decomposition.num_points * training.config.train.batch * len(self._losses)
+        local = torch.tensor(
+            [
+                training.comm.seconds - self._comm_seconds,
+                training.batches.seconds - self._io_seconds,
+                peak_memory(training.device),
+            ],
+            dtype=torch.float64,
+        )
+        ranks = comm.allgather(local[None], [1] * comm.size)
+        row = {
+            "step": training.step,
+            "samples_seen": training.samples_seen,
+            "loss": sum(self._losses) / len(self._losses),
+            "voxels_per_rank_second": points / wall / comm.size,
+            "communication": float(ranks[:, 0].mean()) / wall,
+            "input": float(ranks[:, 1].mean()) / wall,
+            "peak_memory_gib": float(ranks[:, 2].max()) / 2**30,
+            "seconds": wall,
+        }
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            if self._board:
+                for key in ("loss", "voxels_per_rank_second"):
+                    self._board.add_scalar(key, row[key], training.step)
+            self.progress(row)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses: list[float] = []
+        self._start = time.perf_counter()
+        self._comm_seconds, self._io_seconds = self.training.comm.seconds, self.training.batches.seconds
+
+
+def learning_rate(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then a half cosine to zero at the last step; relative to the largest."""
+    ramp = min(1.0, (step + 1) / (warmup + 1))
+    return ramp * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far in bytes: of the device's allocator, or of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def start_folder(folder: Path, config: Config) -> None:
+    """Make the folder of a run and write the resolved configuration into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config.as_yaml())
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
