@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,22 +61,38 @@ def evaluate(
     Raises:
         UserError: if the files cannot be compared, or the report exists.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit: expected 1 or more samples, got {limit}")
     folder = Path(output)
-    comm.on_root(lambda: [refuse_existing(folder / file, overwrite) for file in ("metrics.json", "report.html")])
+    for file in ("metrics.json", "report.html"):
+        comm.on_root(partial(refuse_existing, folder / file, overwrite))
     with (
         FieldFile(samples_path, name, axes) as generated,
-        FieldFile(reference_path, reference_name or name, reference_axes) as file,
+        FieldFile(reference_path, reference_name or name, reference_axes) as source,
     ):
-        reference = comparable(generated, file)
-        plan = with_scales(reference, make_plan(generated, reference, patch), comm)
-        sums, expected = (measure(fields, _picked(fields, limit), plan, comm) for fields in (generated, reference))
-        comparison = compare(sums, expected, plan, _last_shell(generated, reference, expected, plan))
-        setting = _setting(generated, file, reference, comparison, [len(s["energy"]) for s in (sums, expected)])
+        reference = comparable(generated, source)
+        comparison = compare_fields(generated, reference, comm, patch, limit)
+        setting = _setting(generated, source, reference, comparison, limit)
         metrics: dict[str, Any] = comm.broadcast({"setting": setting, **comparison.as_dict()})
         comm.on_root(lambda: _write(folder, metrics, comparison, generated, reference))
     return metrics
+
+
+def compare_fields(
+    generated: Fields, reference: Fields, comm: Communicator, patch: Index | None = None, limit: int | None = None
+) -> Comparison:
+    """Measure samples and reference and compare them, without writing anything. Collective.
+
+    Arguments:
+        generated, reference: The fields, as :func:`comparable` made them.
+        patch, limit: As for :func:`evaluate`.
+
+    Raises:
+        UserError: if patches do not divide both grids.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"limit: expected 1 or more samples, got {limit}")
+    plan = with_scales(reference, make_plan(generated, reference, patch), comm)
+    sums, expected = (measure(fields, _picked(fields, limit), plan, comm) for fields in (generated, reference))
+    return compare(sums, expected, plan, _last_shell(generated, reference, expected, plan))
 
 
 def comparable(generated: FieldFile, reference: FieldFile) -> Fields:
@@ -152,13 +169,21 @@ def _last_shell(generated: Fields, reference: Fields, sums: Sums, plan: Plan) ->
     return resolved_shells(sums["energy"].mean(0).numpy(), nyquist, k_max)
 
 
-def _setting(generated: FieldFile, file: FieldFile, reference: Fields, comparison: Comparison, used: list[int]) -> dict[str, Any]:
+def _setting(
+    generated: FieldFile, file: FieldFile, reference: Fields, comparison: Comparison, limit: int | None
+) -> dict[str, Any]:
     plan = asdict(comparison.plan)
     sides = {}
-    for side, source, fields, count in (("generated", generated, generated, used[0]), ("reference", file, reference, used[1])):
+    for side, source, fields in (("generated", generated, generated), ("reference", file, reference)):
         grid = list(fields.header.grid_shape)
         cut = list(source.header.grid_shape) if source.header.grid_shape != fields.header.grid_shape else None
-        sides[side] = {"file": str(source.path), "dataset": source.name, "samples": count, "grid": grid, "cut_from": cut}
+        sides[side] = {
+            "file": str(source.path),
+            "dataset": source.name,
+            "samples": len(_picked(fields, limit)),
+            "grid": grid,
+            "cut_from": cut,
+        }
     return {
         **sides,
         "channels": list(generated.header.channels),

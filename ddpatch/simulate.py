@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ CHANNELS = {
 }
 SAMPLES_PER_TRAJECTORY = 6
 SMALLEST_GRID = 16
+POINTS_PER_THREAD = 2**17  # more threads wait for each other longer than they compute
 
 Progress = Callable[[int, int], None]
 
@@ -145,10 +147,12 @@ def simulate(
         trajectories = math.ceil(samples / SAMPLES_PER_TRAJECTORY)
     plan = Plan(kind, samples, grid, seed, trajectories, viscosity, variable)
     if comm.size > trajectories:
-        raise UserError(f"simulate: {comm.size} ranks for {trajectories} trajectories; start at most as many ranks as trajectories")
+        raise UserError(f"simulate: {comm.size} ranks for {trajectories} trajectories; start at most one rank per trajectory")
     comm.on_root(lambda: refuse_existing(Path(output), overwrite))
     flow = plan.flow(comm.place(device))
-    fields, numbers = _run(plan, flow, block_range(trajectories, comm.size, comm.rank), progress if comm.rank == 0 else None)
+    own = block_range(trajectories, comm.size, comm.rank)
+    with _fewer_threads(math.prod(flow.grid.shape)):
+        fields, numbers = _run(plan, flow, own, progress if comm.rank == 0 else None)
     everywhere = [line for lines in comm.gather(numbers) for line in lines]
     means = {name: float(np.mean([line[name] for line in everywhere])) for name in everywhere[0]}
     rows = comm.gather_rows(fields, comm.gather(len(fields)))
@@ -184,3 +188,14 @@ def _states(flow: Flow, draw: np.random.Generator, intervals: int) -> Iterator[T
     for _ in range(intervals):
         state = flow.refresh(advance(flow, state, flow.interval))
         yield state
+
+
+@contextmanager
+def _fewer_threads(points: int) -> Iterator[None]:
+    """Use no more threads than the number of grid points keeps busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(before, points // POINTS_PER_THREAD)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Start MPI, under ``--with-mpi`` only, and let rank 0 alone print the report."""
     if not _with_mpi(config):
         return
-    verdict = Verdict(LIMIT_SECONDS)
+    verdict = Verdict(LIMIT_SECONDS, config.pluginmanager.getplugin("capturemanager"))
     config.pluginmanager.register(verdict, "verdict")
     if verdict.rank > 0:
         config.pluginmanager.unregister(name="terminalreporter")
@@ -84,16 +84,29 @@ class Verdict:
     Arguments:
         limit: Seconds that a failing rank waits for the others before it prints its failure and aborts the job. A rank that has
             not failed waits until ``faulthandler_timeout`` ends the run.
+        capture: What captures output. It is told not to, for the captured words of a rank that aborts the job would be lost.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, capture: Any) -> None:
         from ddpatch.parallel.comm import Communicator
 
         communicator = Communicator()
         self.rank, self.size = communicator.rank, communicator.size
         self._comm = communicator.raw
         self._limit = limit
+        self._capture = capture
         self._broken: list[str] = []
+
+    @pytest.hookimpl(wrapper=True, trylast=True)
+    def pytest_runtest_call(self) -> Generator[None, Any, Any]:
+        """Let the output of a test through while it runs."""
+        self._capture.suspend_global_capture()
+        try:
+            return (yield)
+        finally:
+            self._capture.resume_global_capture()
+
+    pytest_runtest_setup = pytest_runtest_teardown = pytest_runtest_call
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:

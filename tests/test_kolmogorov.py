@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +13,15 @@ from torch import Tensor
 from ddpatch.data.kolmogorov import KolmogorovFlow, resolved_viscosity
 from ddpatch.data.spectral import SpectralGrid, advance, step
 from ddpatch.random import Stream, generator
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small grids: several threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def coordinates(points: int) -> tuple[Tensor, Tensor]:

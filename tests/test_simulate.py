@@ -22,7 +22,7 @@ def read(path: Path) -> tuple[np.ndarray, Any]:
         return np.stack([file.read(sample, (0,) * len(shape), shape) for sample in range(header.samples)]), header
 
 
-def divergence(fields: np.ndarray) -> np.ndarray:
+def divergence(fields: np.ndarray) -> float:
     """Spectral ∂u/∂x + ∂v/∂y (+ ∂w/∂z) of fields [sample, channel, (z,) y, x], relative to the root mean square gradient."""
     ndim = fields.ndim - 2
     axes = tuple(range(-ndim, 0))
@@ -32,12 +32,13 @@ def divergence(fields: np.ndarray) -> np.ndarray:
         k = np.fft.fftfreq(fields.shape[-1], 1 / fields.shape[-1]).reshape(-1, *[1] * channel)
         total = total + k * modes[:, channel]
         square += float((np.abs(k * modes[:, channel]) ** 2).mean())
-    return np.sqrt((np.abs(total) ** 2).mean() / square)
+    return float(np.sqrt((np.abs(total) ** 2).mean() / square))
 
 
 def test_isotropic_file(tmp_path: Path, comm: Communicator) -> None:
-    path, heard = tmp_path / "flow.h5", []
-    simulate("isotropic", path, 3, 16, seed=5, trajectories=2, comm=comm, progress=lambda done, total: heard.append((done, total)))
+    path = tmp_path / "flow.h5"
+    heard: list[tuple[int, int]] = []
+    simulate("isotropic", path, 3, 16, seed=5, trajectories=2, comm=comm, progress=lambda *told: heard.append(told))
     fields, header = read(path)
     assert header.channels == ("u", "v", "w")
     assert fields.shape == (3, 3, 16, 16, 16) and fields.dtype == np.float32
@@ -108,7 +109,7 @@ def test_existing_file_is_kept_unless_overwrite(tmp_path: Path, comm: Communicat
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, comm: Communicator, changes: dict[str, Any], words: str) -> None:
-    arguments = {"kind": "isotropic", "samples": 2, "grid": 32} | changes
+    arguments: dict[str, Any] = {"kind": "isotropic", "samples": 2, "grid": 32} | changes
     with pytest.raises(UserError, match=words):
         simulate(output=tmp_path / "flow.h5", comm=comm, **arguments)
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -13,6 +14,15 @@ from ddpatch.data.spectral import SpectralGrid, advance, step
 from ddpatch.data.turbulence import IsotropicTurbulence, resolved_viscosity
 from ddpatch.errors import UserError
 from ddpatch.random import Stream, generator
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small grids: several threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def coordinates(points: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -25,9 +25,9 @@ def resolved_viscosity(points: int) -> float:
 class KolmogorovFlow:
     """The Navier-Stokes equations on a periodic square of side 2π, with the force sin(4y) along x and linear drag.
 
-    ∂ω/∂t + u·∇ω = ν∇²ω − αω − 4 cos(4y),  ∇²ψ = −ω,  u = (∂ψ/∂y, −∂ψ/∂x)
+    ∂ω/∂t + u·∇ω = ν∇²ω - αω - 4 cos(4y),  ∇²ψ = -ω,  u = (∂ψ/∂y, -∂ψ/∂x)
 
-    (Kochkov et al., PNAS 118, 2021). The transport term is computed as (∂²_x − ∂²_y)(uv) + ∂_x ∂_y (v² − u²) (Basdevant,
+    (Kochkov et al., PNAS 118, 2021). The transport term is computed as (∂²_x - ∂²_y)(uv) + ∂_x ∂_y (v² - u²) (Basdevant,
     J. Comput. Phys. 50, 1983): 2 inverse and 2 forward transforms per tendency. The state is the vorticity's modes, with
     shape ``[*grid.modes]``.
 
@@ -53,7 +53,7 @@ class KolmogorovFlow:
         self.forcing = grid.forward(force[:, None].expand(grid.shape).contiguous())
 
     def tendency(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """N(ω̂) = (k_x² − k_y²) (uv)^ + k_x k_y (v² − u²)^ + (curl f)^, and the velocity in physical space."""
+        """N(ω̂) = (k_x² - k_y²) (uv)^ + k_x k_y (v² - u²)^ + (curl f)^, and the velocity in physical space."""
         velocity = self.velocity(state)
         u, v = velocity
         cross, difference = self.grid.forward(torch.stack((u * v, v * v - u * u)))
@@ -61,7 +61,7 @@ class KolmogorovFlow:
         return slope.addcmul_(self.product_factors[1], difference), velocity
 
     def initial(self, draw: np.random.Generator) -> Tensor:
-        """Gaussian vorticity around the force's scale, with spectrum exp(−(|k| − 4)² / 4) and unit root mean square."""
+        """Gaussian vorticity around the force's scale, with spectrum exp(-(|k| - 4)² / 4) and unit root mean square."""
         wavenumber = self.grid.square.sqrt()
         shape = torch.exp(-((wavenumber - WAVENUMBER) ** 2) / 8) * (self.grid.square > 0)
         state = self.grid.white_noise(1, draw)[0] * shape
@@ -72,11 +72,11 @@ class KolmogorovFlow:
         return self.grid.forward(self.grid.inverse(state))
 
     def velocity(self, state: Tensor) -> Tensor:
-        """Velocity (u, v) along x, y, with shape ``[2, *grid.shape]``: û = i k_y ω̂ / k², v̂ = −i k_x ω̂ / k²."""
+        """Velocity (u, v) along x, y, with shape ``[2, *grid.shape]``: û = i k_y ω̂ / k², v̂ = -i k_x ω̂ / k²."""
         return self.grid.inverse(self.curl_inverse * state)
 
     def vorticity(self, state: Tensor) -> Tensor:
-        """The vorticity ∂v/∂x − ∂u/∂y, with shape ``[1, *grid.shape]``."""
+        """The vorticity ∂v/∂x - ∂u/∂y, with shape ``[1, *grid.shape]``."""
         return self.grid.inverse(state[None])
 
     def energy(self, state: Tensor) -> float:

@@ -1,8 +1,8 @@
-"""What the pseudo-spectral solvers share: resolved Fourier modes of a periodic box, and a Runge-Kutta step that treats damping exactly.
+"""What the pseudo-spectral solvers share: the resolved Fourier modes of a periodic box, and a time step with exact damping.
 
-The box is ``[0, 2π)^d``, so that wavenumbers are integers. A state holds the modes with ``|k_i| <= cutoff < points / 3`` only (the
-2/3 rule): products of two fields are then free of aliasing on every mode that is kept, there is no Nyquist mode, and all
-arithmetic on modes costs less than a third of what it would on the full transform.
+The box is ``[0, 2π)^d``, so that wavenumbers are integers. A state holds only the modes with ``|k_i| <= cutoff < points / 3``
+(the 2/3 rule): products of two fields are then free of aliasing on every mode that is kept, there is no Nyquist mode, and in
+three dimensions arithmetic on modes costs less than a third of what it would on the full transform.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class SpectralGrid:
         Returns:
             Tensor of shape ``[..., *modes]``.
         """
-        full = torch.fft.rfftn(fields, dim=self._axes, norm="forward")
-        state = full.new_empty(*fields.shape[: -self.ndim], *self.modes)
+        full: Tensor = torch.fft.rfftn(fields, dim=self._axes, norm="forward")
+        state: Tensor = full.new_empty(*fields.shape[: -self.ndim], *self.modes)
         for box in self._boxes():
             state[box] = full[box]
         return state
@@ -79,7 +79,8 @@ class SpectralGrid:
         padded = self._padded[lead]
         for box in self._boxes():
             padded[box] = state[box]
-        return torch.fft.irfftn(padded, s=self.shape, dim=self._axes, norm="forward")
+        fields: Tensor = torch.fft.irfftn(padded, s=self.shape, dim=self._axes, norm="forward")
+        return fields
 
     def mean_product(self, a: Tensor, b: Tensor) -> Tensor:
         """The mean over the box of a·b, summed over leading axes, by Parseval: Σ_k conj(â)·b̂.
@@ -102,7 +103,7 @@ class SpectralGrid:
 
 
 class Flow(Protocol):
-    """An incompressible flow in a periodic box, ∂û/∂t = N(û) − damping û, where N is everything but the damping.
+    """An incompressible flow in a periodic box, ∂û/∂t = N(û) - damping û, where N is everything but the damping.
 
     Attributes:
         grid: The resolved modes.
@@ -141,7 +142,7 @@ class Flow(Protocol):
 def step(flow: Flow, state: Tensor, slope: Tensor, dt: float) -> Tensor:
     """One step of the classical Runge-Kutta method of order 4 with an integrating factor for the damping.
 
-    With E = exp(−damping dt/2) and k₁ = N(û):
+    With E = exp(-damping dt/2) and k₁ = N(û):
     k₂ = N(E(û + dt/2 k₁)), k₃ = N(Eû + dt/2 k₂), k₄ = N(E(Eû + dt k₃)), û ← E(E(û + dt/6 k₁) + dt/3 (k₂ + k₃)) + dt/6 k₄
     (Canuto et al., Spectral Methods, 2007, appendix D).
 

@@ -23,9 +23,9 @@ def resolved_viscosity(points: int, power: float = POWER) -> float:
 class IsotropicTurbulence:
     """The Navier-Stokes equations in a periodic box of side 2π, fed a constant power at large scales.
 
-    ∂u/∂t + ∇·(uu) = −∇p + ν∇²u + f,  ∇·u = 0,  f̂ = P û / (2 E_low) on 0 < |k| <= 2.5 and 0 elsewhere,
+    ∂u/∂t + ∇·(uu) = -∇p + ν∇²u + f,  ∇·u = 0,  f̂ = P û / (2 E_low) on 0 < |k| <= 2.5 and 0 elsewhere,
 
-    where E_low is the energy of the forced modes, so that dE/dt = P − ε at all times. Six products less their trace are
+    where E_low is the energy of the forced modes, so that dE/dt = P - ε at all times. Six products less their trace are
     transformed (Basdevant, J. Comput. Phys. 50, 1983): 3 inverse and 5 forward transforms per tendency. The state is the
     velocity's modes, with shape ``[3, *grid.modes]``; component 0 lies along x, which is the last axis of the grid.
 
@@ -45,7 +45,7 @@ class IsotropicTurbulence:
         self.interval = 3 * (FORCED**2 * (power or POWER)) ** (-1 / 3)
 
     def tendency(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """N(û) = −P(k) [i k_j (u_i u_j)^] + f̂, and the velocity in physical space."""
+        """N(û) = -P(k) [i k_j (u_i u_j)^] + f̂, and the velocity in physical space."""
         velocity = self.grid.inverse(state)
         dx, dy, dz = self.grid.gradient
         xx, yy, xy, xz, yz = self.grid.forward(_traceless_products(velocity))
@@ -62,13 +62,13 @@ class IsotropicTurbulence:
         return low.mul_(self.power / self.grid.mean_product(low, low))
 
     def project(self, state: Tensor) -> Tensor:
-        """The solenoidal part, û − k (k·û) / k², in place."""
+        """The solenoidal part, û - k (k·û) / k², in place."""
         gradient = self.grid.gradient
         divergence = gradient[0] * state[0] + gradient[1] * state[1] + gradient[2] * state[2]
         return state.addcmul_(gradient, divergence.mul_(self.inverse_square))
 
     def initial(self, draw: np.random.Generator) -> Tensor:
-        """A Gaussian solenoidal field with Pao's spectrum, E(k) = 1.5 P^(2/3) k^(-5/3) exp(−2.25 (kη)^(4/3)).
+        """A Gaussian solenoidal field with Pao's spectrum, E(k) = 1.5 P^(2/3) k^(-5/3) exp(-2.25 (kη)^(4/3)).
 
         White noise, projected, has the energy points^-3 per mode; a mode shall have E(k) / 4πk².
         """

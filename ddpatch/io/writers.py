@@ -251,6 +251,7 @@ class MpioWriter(VolumeWriter):
         self.comm.on_root(self._publish)
 
     def _abandon(self) -> None:
+        self._dataset = None  # parallel HDF5 refuses to close a file before its datasets
         if self.comm.rank == 0:  # the file stays open: closing it would wait for ranks that may have failed
             self._temporary.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ CONV_TRANSPOSE: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] =
 
 
 class PointNorm(nn.Module):
-    """Root-mean-square norm over the channels of every point: y = g x / sqrt(mean_c x² + ε).
+    """Layer norm over the channels of every point: y = g (x - mean_c x) / sqrt(var_c x + ε) + b.
 
     It reduces over nothing but channels, so it is the same whether a point lies in a patch or in the whole field, and leaves
     no seam.
@@ -24,15 +24,11 @@ class PointNorm(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.gain = nn.Parameter(torch.ones(channels))
+        self.gain, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Normalise, then optionally modulate: y (1 + scale) + shift, both with shape ``[batch, channel]``."""
-        points = (1,) * (x.ndim - 2)
-        gain = self.gain if scale is None else self.gain * (1 + scale)
-        inverse = torch.linalg.vector_norm(x, dim=1, keepdim=True).square().div_(x.shape[1]).add_(1e-6).rsqrt_()
-        y = x * inverse * gain.reshape(-1, x.shape[1], *points)
-        return y if shift is None else y + shift.reshape(*shift.shape, *points)
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise every point of ``[batch, channel, *points]``."""
+        return F.layer_norm(x.movedim(1, -1), self.gain.shape, self.gain, self.bias).movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
@@ -55,9 +51,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Map ``[batch, inputs, *points]`` and ``[batch, embedding]`` to ``[batch, outputs, *points]``."""
-        scale, shift = self.modulation(embedding).chunk(2, dim=1)
+        scale, shift = self.modulation(embedding).view(len(x), 2, -1, *(1,) * (x.ndim - 2)).unbind(1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h, scale, shift)))
+        h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
         return self.skip(x) + h
 
 

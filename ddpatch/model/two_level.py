@@ -17,6 +17,8 @@ from ddpatch.model.positions import coordinate_features, num_coordinate_features
 from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, to_canvas, token_places
 from ddpatch.model.unet import Decoder, Encoder
 
+CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
 
 class Coupling(Protocol):
     """What the network is given to reach other patches. See :class:`ddpatch.parallel.collectives.Exchange`.
@@ -66,6 +68,7 @@ class TwoLevelModel(nn.Module):
                 embedding,
             )
             self.prolongation = Prolongation(ndim, config.coarse_width, widths[-1], widths[0])
+        self.to(memory_format=CHANNELS_LAST[ndim])
 
     def forward(self, x: Tensor, noise: Tensor, coupling: Coupling) -> Tensor:
         """Evaluate the network on the own patches. Collective.

@@ -48,8 +48,10 @@ class SlabFFT:
         pieces = [inner.narrow(1 - ndim, c.start, len(c)).contiguous() for c in self._columns]
         rest = (len(self.columns), *self.mode_shape[2:])
         received = self.comm.alltoall(pieces, [(*x.shape[:-ndim], len(s), *rest) for s in self._slabs])
-        whole = torch.cat(received, dim=-ndim)
-        return torch.fft.fft(whole, dim=-ndim, norm="forward") if whole.numel() else whole
+        modes = torch.cat(received, dim=-ndim)
+        if modes.numel():
+            modes = torch.fft.fft(modes, dim=-ndim, norm="forward")
+        return modes
 
     def _inner(self, x: Tensor) -> Tensor:
         dims = tuple(range(1 - len(self.grid_shape), 0))

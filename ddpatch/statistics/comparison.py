@@ -118,7 +118,8 @@ def halves(count: int) -> Iterator[tuple[list[int], list[int]]]:
     groups = [list(block_range(count, size, i)) for i in range(size)]
     for chosen in combinations(range(size), size // 2):
         if chosen and chosen[0] == 0:
-            yield sum((groups[i] for i in chosen), []), sum((groups[i] for i in range(size) if i not in chosen), [])
+            rest = [i for i in range(size) if i not in chosen]
+            yield [n for i in chosen for n in groups[i]], [n for i in rest for n in groups[i]]
 
 
 def resolved_shells(spectrum: np.ndarray, nyquist: float, k_max: float | None) -> int:

@@ -16,7 +16,7 @@ from ddpatch.statistics import gradients, increments, seams
 from ddpatch.statistics.slabs import Fields, pieces
 from ddpatch.statistics.spectrum import Spectrum
 
-PDF_DISTANCES = 4  # increments have a histogram at every other separation up to this many
+PDF_DISTANCES = (1, 2, 4, 8)
 SCALE_SAMPLES = 4
 Sums = dict[str, Tensor]
 
@@ -43,7 +43,7 @@ class Plan:
     patch: Index
     distances: tuple[int, ...]
     unit: float
-    increment_scales: tuple[float, ...] = (1.0,) * PDF_DISTANCES
+    increment_scales: tuple[float, ...] = (1.0,) * len(PDF_DISTANCES)
     vorticity_scale: float = 1.0
     patched: bool = True
 
@@ -60,7 +60,7 @@ class Plan:
     @property
     def pdf_distances(self) -> tuple[int, ...]:
         """The separations at which increments have a histogram: 1, 2, 4, 8 where the grid allows them."""
-        return tuple(r for r in (1, 2, 4, 8) if r in self.distances)[:PDF_DISTANCES]
+        return tuple(r for r in PDF_DISTANCES if r in self.distances)
 
 
 def measure(fields: Fields, samples: Sequence[int], plan: Plan, comm: Communicator) -> Sums:
@@ -154,7 +154,8 @@ def _add_lines(sums: Sums, core: Tensor, axis: int, plan: Plan) -> None:
     component = plan.ndim - 1 - axis
     longitudinal = lines[component : component + 1] if plan.velocity else lines
     sums["increments"][axis] += increments.increment_sums(longitudinal, plan.distances, periodic)
-    counts = increments.increment_histogram(longitudinal, plan.pdf_distances, plan.increment_scales, periodic)
+    scales = plan.increment_scales[: len(plan.pdf_distances)]
+    counts = increments.increment_histogram(longitudinal, plan.pdf_distances, scales, periodic)
     sums["increment_histogram"] += counts
     sums["jumps"][axis, :, :patch] += seams.jump_sums(lines, patch, periodic)
     sums["pairs"][axis] += seams.pair_sums(lines, patch, plan.distances, periodic)

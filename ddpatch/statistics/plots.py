@@ -13,7 +13,8 @@ from ddpatch.statistics.curves import Curves
 from ddpatch.statistics.increments import bin_centres
 
 REFERENCE, GENERATED, SEAM = "#3a3a3a", "#0072b2", "#d55e00"
-STYLE = {
+HIGHEST_RATIO = 6.0
+STYLE: Any = {
     "figure.dpi": 150,
     "font.size": 9,
     "font.family": "DejaVu Sans",
@@ -41,7 +42,7 @@ def draw(plot: Callable[..., Any], *arguments: Any) -> bytes:
     with plt.rc_context(STYLE):
         figure = plot(plt, *arguments)
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(stream, format="png", metadata={"Software": None})
         plt.close(figure)
     return stream.getvalue()
 
@@ -64,7 +65,8 @@ def spectrum(plt: Any, comparison: Comparison) -> Any:
     upper.set_yscale("log")
     compared = expected[: comparison.last_shell]
     upper.set_ylim(float(np.nanmin(compared)) / 10, float(np.nanmax(compared)) * 5)
-    lower.set_ylim(0.0, 2.0)
+    ratio = (ours[shown] / expected)[: comparison.last_shell]
+    lower.set_ylim(0.0, max(2.0, min(1.1 * float(np.nanmax(ratio)), HIGHEST_RATIO)))
     upper.set_ylabel("energy $E(k)$ in field units²")
     lower.set_ylabel("ratio to\nreference")
     lower.set_xlabel("wave number $k\\,L/2\\pi$ (dotted: end of the compared range)")
@@ -147,7 +149,7 @@ def seam_profile(plt: Any, comparison: Comparison) -> Any:
         axes.set_xlabel(f"position in the patch along ${name}$")
     panels[0][0].set_ylim(0, None)
     panels[0][0].set_ylabel("squared jump / reference")
-    panels[0][0].legend(loc="lower left")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure
 
 

@@ -35,7 +35,7 @@ PLOTS = {
     "structure": "Structure functions of order 2, 3 and 4 and flatness of the increments, averaged over the axes.",
     "densities": "Probability densities, in units of the reference's standard deviation.",
     "correlation": "Two-point correlation of pairs of points inside one patch, and of pairs with a patch border between them.",
-    "seam_profile": "Mean squared jump between neighbouring points by position in the patch. A seam is a peak in the shaded strip.",
+    "seam_profile": "Mean squared jump between neighbours by position in the patch. A seam is a peak in the shaded strip.",
     "slices": "Planes of the first channel: reference above, generated below. Ticks mark the patch borders.",
     "slices_gradient": "The same planes: vorticity of a velocity, or magnitude of a scalar's gradient. Seams show here first.",
 }
@@ -156,7 +156,9 @@ def _row(key: str, entry: dict[str, Any], velocity: bool) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
+    if 1e3 <= abs(value) < 1e4:
+        return f"{value:.0f}"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e3 or value == 0 else f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
 
 
 def _floor_text(samples: int) -> str:
@@ -214,4 +216,5 @@ def _slope(plane: np.ndarray, spacing: Sequence[float], velocity: bool) -> np.nd
     if velocity:
         swirl: np.ndarray = np.gradient(plane[1], spacing[-1], axis=1) - np.gradient(plane[0], spacing[-2], axis=0)
         return swirl
-    return np.hypot(np.gradient(plane[0], spacing[-2], axis=0), np.gradient(plane[0], spacing[-1], axis=1))
+    steepness: np.ndarray = np.hypot(np.gradient(plane[0], spacing[-2], axis=0), np.gradient(plane[0], spacing[-1], axis=1))
+    return steepness

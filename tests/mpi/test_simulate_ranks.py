@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.simulate import simulate
 
 
-def read(path: Path) -> tuple[np.ndarray, dict[str, object]]:
+def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     with FieldFile(path) as file:
         shape = file.header.grid_shape
         fields = [file.read(sample, (0,) * len(shape), shape) for sample in range(file.header.samples)]

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from problems import CASES, cut, random_field
+from torch import Tensor
+
+from ddpatch.decomposition import Decomposition
+from ddpatch.errors import UserError
+from ddpatch.parallel.collectives import Exchange, sum_gradients
+from ddpatch.parallel.comm import Communicator
+from ddpatch.parallel.halo import Halo
+
+pytestmark = pytest.mark.mpi(min_size=1)
+
+
+def padded(field: Tensor, width: int, periodic: tuple[bool, ...]) -> Tensor:
+    """The whole field with its halo: wrapped on periodic axes, zero beyond walls."""
+    for axis, wraps in enumerate(reversed(periodic)):
+        pad = [0] * (2 * len(periodic))
+        pad[2 * axis : 2 * axis + 2] = [width, width]
+        field = F.pad(field, pad, mode="circular") if wraps else F.pad(field, pad)
+    return field
+
+
+def inner(a: Tensor, b: Tensor, comm: Communicator) -> float:
+    return float(comm.allreduce_((a * b).sum()[None]))
+
+
+@pytest.mark.parametrize("width", [0, 1, 2])
+@pytest.mark.parametrize(("grid", "patch", "periodic"), CASES)
+def test_windows_are_boxes_of_the_padded_field(
+    comm: Communicator, grid: tuple[int, ...], patch: tuple[int, ...], periodic: tuple[bool, ...], width: int
+) -> None:
+    decomposition = Decomposition(grid, patch, comm.size, periodic)
+    exchange = Exchange(decomposition, comm, width)
+    field = random_field(2, 3, grid)
+    windows = exchange.halo(cut(field, decomposition, exchange.patches))
+    whole = padded(field, width, periodic)
+    for i, number in enumerate(exchange.patches):
+        box = tuple(slice(s, s + n + 2 * width) for s, n in zip(decomposition.start(number), patch, strict=True))
+        assert torch.equal(windows[:, i], whole[(..., *box)])
+
+
+@pytest.mark.parametrize(("grid", "patch", "periodic"), CASES)
+def test_the_halo_exchange_and_its_backward_are_adjoint(
+    comm: Communicator, grid: tuple[int, ...], patch: tuple[int, ...], periodic: tuple[bool, ...]
+) -> None:
+    decomposition = Decomposition(grid, patch, comm.size, periodic)
+    exchange = Exchange(decomposition, comm, 2)
+    x = cut(random_field(2, 3, grid), decomposition, exchange.patches).requires_grad_()
+    windows = exchange.halo(x)
+    y = torch.randn(windows.shape, generator=torch.Generator().manual_seed(comm.rank), dtype=torch.float64)
+    windows.backward(y)
+    assert x.grad is not None
+    assert inner(windows.detach(), y, comm) == pytest.approx(inner(x.detach(), x.grad, comm), rel=1e-13)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_gather_and_its_backward_are_adjoint(comm: Communicator, deterministic: bool) -> None:
+    comm.deterministic = deterministic
+    decomposition = Decomposition((10, 6), (2, 3), comm.size)
+    exchange = Exchange(decomposition, comm, 0)
+    x = cut(random_field(2, 5, (10, 6)), decomposition, exchange.patches).requires_grad_()
+    tokens = exchange.gather(x)
+    assert torch.equal(tokens, cut(random_field(2, 5, (10, 6)), decomposition))
+    y = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(comm.rank), dtype=torch.float64)
+    tokens.backward(y)
+    assert x.grad is not None
+    assert inner(tokens.detach(), y, comm) == pytest.approx(inner(x.detach(), x.grad, comm), rel=1e-13)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_reductions_sum_over_ranks(comm: Communicator, deterministic: bool) -> None:
+    comm.deterministic = deterministic
+    counts = [rank + 1 for rank in range(comm.size)]
+    rows = torch.arange(sum(counts) * 2.0).view(-1, 2) * (comm.rank + 1)
+    total = torch.arange(sum(counts) * 2.0).view(-1, 2) * sum(counts)
+    assert torch.equal(comm.reduce_scatter(rows, counts), total.split(counts)[comm.rank])
+    assert torch.equal(comm.allreduce_(rows.clone()), total)
+
+
+def test_alltoall_transposes_ranks_and_pieces(comm: Communicator) -> None:
+    pieces = [torch.full((comm.rank + 1, to + 1), 10.0 * comm.rank + to) for to in range(comm.size)]
+    received = comm.alltoall(pieces, [(source + 1, comm.rank + 1) for source in range(comm.size)])
+    for source, piece in enumerate(received):
+        assert torch.equal(piece, torch.full((source + 1, comm.rank + 1), 10.0 * source + comm.rank))
+
+
+def test_rows_arrive_at_rank_0_in_order(comm: Communicator) -> None:
+    counts = [rank % 2 + 1 for rank in range(comm.size)]
+    rows = [int(row) for row in comm.gather_rows(torch.full((counts[comm.rank], 1), comm.rank), counts)]
+    expected = [rank for rank in range(comm.size) for _ in range(counts[rank])]
+    assert rows == (expected if comm.rank == 0 else [])
+
+
+def test_gradients_are_summed_and_missing_ones_count_as_zero(comm: Communicator) -> None:
+    used, unused = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
+    (used.sum() * (comm.rank + 1)).backward()
+    if comm.rank == 0:
+        unused.sum().backward()
+    sum_gradients([used, unused], comm)
+    assert used.grad is not None and unused.grad is not None
+    assert used.grad.tolist() == [sum(range(1, comm.size + 1))] * 3
+    assert unused.grad.tolist() == [1.0] * 3
+
+
+def test_bytes_and_calls_are_counted(comm: Communicator) -> None:
+    """A rank sends its halo once and its tokens once; bytes follow from the surface and from the tokens alone."""
+    decomposition = Decomposition((8, 8 * comm.size), (8, 8), comm.size, (False, True))
+    exchange = Exchange(decomposition, comm, 2)
+    exchange.halo(torch.zeros(3, 1, 5, 8, 8))
+    exchange.gather(torch.zeros(3, 1, 16, 7))
+    neighbours = 2 if comm.size > 1 else 0
+    assert comm.calls == {"halo": 1, "allgather": 1}
+    assert comm.bytes == {"halo": neighbours * 3 * 5 * 2 * 8 * 4, "allgather": 3 * 16 * 7 * 4}
+
+
+def test_a_halo_wider_than_the_patch_is_refused(comm: Communicator) -> None:
+    with pytest.raises(UserError, match="model.halo: 5 points are wider"):
+        Halo(Decomposition((8, 8), (4, 4), 1), 0, 5)
+
+
+def test_a_failure_of_rank_0_reaches_all_ranks(comm: Communicator) -> None:
+    def fail() -> None:
+        raise UserError("disk: full")
+
+    with pytest.raises(UserError, match="disk: full"):
+        comm.on_root(fail)

@@ -1,0 +1,71 @@
+"""Small problems that several tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpatch.config import Config, build
+from ddpatch.decomposition import Decomposition
+from ddpatch.io.volume import VolumeHeader, write_volume
+
+CASES = [  # grid, patch, periodic: nothing here that 2, 3 and 4 ranks all divide
+    ((12, 8), (4, 4), (True, True)),
+    ((6, 9), (3, 3), (False, True)),
+    ((4, 15), (4, 3), (True, False)),
+    ((4, 6, 10), (2, 3, 5), (True, True, True)),
+    ((6, 4, 4), (2, 2, 4), (True, False, True)),
+]
+
+
+def cut(field: Tensor, decomposition: Decomposition, patches: range | None = None) -> Tensor:
+    """``[sample, channel, *grid]`` to ``[sample, patch, channel, *patch_shape]``."""
+    numbers = range(decomposition.num_patches) if patches is None else patches
+    return torch.stack([field[(..., *decomposition.slices(p))] for p in numbers], dim=1)
+
+
+def join(patches: Tensor, decomposition: Decomposition) -> Tensor:
+    """The inverse of :func:`cut` for all patches."""
+    field = patches.new_empty(len(patches), patches.shape[2], *decomposition.grid_shape)
+    for p in range(decomposition.num_patches):
+        field[(..., *decomposition.slices(p))] = patches[:, p]
+    return field
+
+
+def random_field(samples: int, channels: int, grid: tuple[int, ...], seed: int = 0) -> Tensor:
+    """The same white noise on all ranks, double precision."""
+    return torch.randn(samples, channels, *grid, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def smooth_fields(samples: int, channels: int, grid: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """Gaussian random fields with spectrum (1 + (k/2)²)^-2 and unit variance, ``[sample, channel, *grid]``, float32."""
+    axes = tuple(range(2, 2 + len(grid)))
+    k = np.meshgrid(*[np.fft.fftfreq(n) * n for n in grid], indexing="ij")
+    spectrum = (1 + sum(a**2 for a in k) / 4) ** -2.0
+    noise = np.random.default_rng(seed).standard_normal((samples, channels, *grid))
+    fields = np.fft.ifftn(np.fft.fftn(noise, axes=axes) * np.sqrt(spectrum / spectrum.mean()), axes=axes).real
+    return fields.astype(np.float32)
+
+
+def write_fields(path: Path, samples: int = 6, channels: int = 2, grid: tuple[int, ...] = (16, 24), seed: int = 0) -> Path:
+    """A data file of smooth periodic fields."""
+    names = tuple("uvw"[:channels])
+    header = VolumeHeader(samples, names, grid, (1.0,) * len(grid), (True,) * len(grid))
+    write_volume(path, header, iter(smooth_fields(samples, channels, grid, seed)))
+    return path
+
+
+def small_config(data: Path, dtype: str = "float64", **sections: dict[str, object]) -> Config:
+    """A model of a few thousand parameters on 2 × 3 patches of 8 × 8 points."""
+    tree: dict[str, dict[str, object]] = {
+        "domain": {"patch": [8, 8]},
+        "data": {"path": str(data)},
+        "model": {"channels": [8, 8], "token_channels": 4, "coarse_width": 16, "coarse_layers": 2, "coarse_heads": 2},
+        "train": {"steps": 5, "batch": 2, "warmup": 0, "dtype": dtype, "log_every": 1, "checkpoint_every": 100},
+    }
+    for section, values in sections.items():
+        tree[section] = {**tree.get(section, {}), **values}
+    return build(tree, "test")

@@ -1,0 +1,92 @@
+"""A failure on one rank ends the job within seconds, with that rank's words. Every job here is a real one, under mpiexec."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from problems import small_config, write_fields
+
+LIMIT = 60.0
+MPIEXEC = next((p for p in (Path(sys.executable).with_name("mpiexec"), shutil.which("mpiexec")) if p and Path(p).exists()), None)
+
+pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec beside python or on PATH")
+
+PREAMBLE = """
+import sys, time
+from ddpatch.errors import UserError
+from ddpatch.parallel.comm import Communicator, guard
+
+def verb(comm):
+"""
+
+
+def launch(ranks: int, *argv: object) -> tuple[subprocess.CompletedProcess[str], float]:
+    start = time.monotonic()
+    done = subprocess.run(
+        [str(MPIEXEC), "-n", str(ranks), sys.executable, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return done, time.monotonic() - start
+
+
+def script(folder: Path, body: str) -> Path:
+    path = folder / "job.py"
+    path.write_text(PREAMBLE + "".join(f"    {line}\n" for line in body.splitlines()) + "\nsys.exit(guard(verb))\n")
+    return path
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_an_exception_on_any_rank_ends_the_job_with_its_traceback(tmp_path: Path, rank: int) -> None:
+    done, _ = launch(3, script(tmp_path, f"if comm.rank == {rank}:\n    raise ValueError('boom')\ncomm.barrier()"))
+    assert done.returncode != 0
+    assert f"rank {rank} of 3 failed" in done.stderr and "ValueError: boom" in done.stderr
+
+
+def test_a_mistake_that_one_rank_finds_ends_the_job_with_its_line(tmp_path: Path) -> None:
+    done, _ = launch(2, script(tmp_path, "if comm.rank == 1:\n    raise UserError('file: bad')\ncomm.barrier()"))
+    assert done.returncode == 2
+    assert "ddpatch: error: file: bad (rank 1)" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_mistake_that_all_ranks_find_is_reported_once(tmp_path: Path) -> None:
+    done, _ = launch(3, script(tmp_path, "raise UserError('file: bad')"))
+    assert done.returncode == 2
+    assert done.stderr.count("ddpatch: error: file: bad") == 1 and "Traceback" not in done.stderr
+
+
+def test_plain_scripts_are_covered_too(tmp_path: Path) -> None:
+    path = tmp_path / "plain.py"
+    path.write_text(
+        "from ddpatch.parallel.comm import Communicator\n"
+        "comm = Communicator()\n"
+        "if comm.rank == 1:\n    raise ValueError('boom')\n"
+        "comm.barrier()\n"
+    )
+    done, _ = launch(2, path)
+    assert done.returncode != 0 and "ValueError: boom" in done.stderr
+
+
+def test_more_ranks_than_patches_is_one_line_with_both_numbers(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(small_config(write_fields(tmp_path / "data.h5"), domain={"patch": [16, 8]}).as_yaml())
+    done, _ = launch(4, "-m", "ddpatch", "train", config, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr.count("4 ranks for 3 patches") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_misspelt_key_on_two_ranks_is_one_line(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("domain: {patch: [8, 8]}\ndata: {path: x.h5}\ntrain: {stps: 3}\n")
+    done, _ = launch(2, "-m", "ddpatch", "train", config, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr.count("unknown key 'train.stps', did you mean 'steps'?") == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import CASES, cut, join, random_field
+from torch import Tensor
+
+from ddpatch.config import ModelConfig
+from ddpatch.decomposition import Decomposition
+from ddpatch.errors import UserError
+from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, frame, interpolation, to_canvas, token_places
+from ddpatch.model.two_level import TwoLevelModel
+from ddpatch.parallel.collectives import Exchange
+from ddpatch.parallel.comm import Communicator
+
+SMALL = {"channels": (8, 8), "token_channels": 4, "tokens": 2, "coarse_width": 16, "coarse_layers": 2, "coarse_heads": 2}
+
+
+def make(decomposition: Decomposition, fields: int = 2, /, **changes: object) -> tuple[TwoLevelModel, Exchange]:
+    config = ModelConfig(**{**SMALL, **changes})  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    model = TwoLevelModel(fields, decomposition.ndim, config, decomposition.periodic).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model, Exchange(decomposition, Communicator(), config.halo)
+
+
+def evaluate(model: TwoLevelModel, exchange: Exchange, field: Tensor) -> Tensor:
+    with torch.no_grad():
+        noise = torch.linspace(-1, 1, len(field), dtype=torch.float64)
+        return join(model(cut(field, exchange.decomposition), noise, exchange), exchange.decomposition)
+
+
+@pytest.mark.parametrize(("grid", "patch", "periodic"), CASES)
+def test_one_code_path_for_two_and_three_axes(grid: tuple[int, ...], patch: tuple[int, ...], periodic: tuple[bool, ...]) -> None:
+    decomposition = Decomposition(grid, patch, 1, periodic)
+    model, exchange = make(decomposition, 1, **one_level(patch))
+    out = evaluate(model, exchange, random_field(2, 1, grid))
+    assert out.shape == (2, 1, *grid)
+    assert bool(out.isfinite().all())
+
+
+def one_level(patch: tuple[int, ...]) -> dict[str, object]:
+    return {"channels": (8,), "tokens": 1, "halo": min(2, *patch)}
+
+
+def test_homogeneous_model_commutes_with_shifts_by_a_patch() -> None:
+    decomposition = Decomposition((16, 24), (8, 8))
+    model, exchange = make(decomposition)
+    field = random_field(2, 2, (16, 24))
+    shifted = evaluate(model, exchange, field.roll((8, -8), (2, 3)))
+    torch.testing.assert_close(shifted, evaluate(model, exchange, field).roll((8, -8), (2, 3)))
+
+
+def test_positions_tell_patches_apart() -> None:
+    decomposition = Decomposition((16, 24), (8, 8))
+    model, exchange = make(decomposition, positions=2)
+    field = random_field(2, 2, (16, 24))
+    shifted = evaluate(model, exchange, field.roll(8, 2))
+    assert float((shifted - evaluate(model, exchange, field).roll(8, 2)).abs().max()) > 1e-3
+
+
+def test_walls_tell_patches_apart() -> None:
+    decomposition = Decomposition((16, 24), (8, 8), 1, (False, True))
+    model, exchange = make(decomposition)
+    field = random_field(2, 2, (16, 24))
+    reference = evaluate(model, exchange, field)
+    torch.testing.assert_close(evaluate(model, exchange, field.roll(8, 3)), reference.roll(8, 3))
+    assert float((evaluate(model, exchange, field.roll(8, 2)) - reference.roll(8, 2)).abs().max()) > 1e-3
+
+
+def test_the_same_weights_run_on_other_numbers_of_patches() -> None:
+    model, _ = make(Decomposition((16, 16), (8, 8)))
+    wide = Decomposition((32, 24), (8, 8))
+    out = evaluate(model, Exchange(wide, Communicator(), 2), random_field(1, 2, (32, 24)))
+    assert bool(out.isfinite().all())
+
+
+def test_far_tokens_of_a_larger_domain_do_not_change_a_local_answer() -> None:
+    """Attention windows are physical: the ring that the training domain closed is cut open, not folded onto itself."""
+    model, _ = make(Decomposition((64, 16), (8, 8)))
+    for block in model.coarse.blocks:
+        block.attention.log_range.data.fill_(-0.5)  # type: ignore[union-attr]
+        block.attention.centre.data.clamp_(-1, 1)  # type: ignore[union-attr]
+    field = random_field(1, 2, (128, 16))
+    short, long = Decomposition((64, 16), (8, 8)), Decomposition((128, 16), (8, 8))
+    near = evaluate(model, Exchange(short, Communicator(), 2), field[:, :, :64])
+    far = evaluate(model, Exchange(long, Communicator(), 2), field)
+    torch.testing.assert_close(far[:, :, 24:40], near[:, :, 24:40], rtol=1e-3, atol=1e-3)
+
+
+def changed_patches(model: TwoLevelModel, exchange: Exchange, field: Tensor, patch: int) -> set[int]:
+    """The patches whose prediction depends on one patch."""
+    other = field.clone()
+    other[(..., *exchange.decomposition.slices(patch))] += 1
+    change = cut(evaluate(model, exchange, other) - evaluate(model, exchange, field), exchange.decomposition)
+    return {p for p in range(change.shape[1]) if float(change[:, p].abs().max()) > 1e-12}
+
+
+def test_without_the_coarse_level_a_patch_reaches_its_neighbours_only() -> None:
+    decomposition = Decomposition((40, 8), (8, 8))
+    field = random_field(1, 2, (40, 8))
+    assert changed_patches(*make(decomposition, coarse_layers=0), field, 0) == {0, 1, 4}
+    assert changed_patches(*make(decomposition, coarse_layers=0, halo=0), field, 0) == {0}
+    assert changed_patches(*make(decomposition, halo=0), field, 0) == {0, 1, 2, 3, 4}
+
+
+def test_one_halo_exchange_and_one_gather_per_evaluation() -> None:
+    decomposition = Decomposition((16, 16), (8, 8))
+    for blocks in (1, 3):
+        model, exchange = make(decomposition, blocks=blocks, coarse_layers=4)
+        evaluate(model, exchange, random_field(1, 2, (16, 16)))
+        assert dict(exchange.comm.calls) == {"halo": 1, "allgather": 1}
+
+
+def test_gradients_reach_every_parameter() -> None:
+    decomposition = Decomposition((16, 16), (8, 8), 1, (True, False))
+    model, exchange = make(decomposition, positions=1, channels=(8, 8, 8))
+    x = cut(random_field(2, 2, (16, 16)), decomposition)
+    model(x, torch.zeros(2, dtype=torch.float64), exchange).square().sum().backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
+    assert silent == []
+
+
+def test_restriction_carries_block_means() -> None:
+    restriction = Restriction(2, latent=3, features=4, tokens=2).double()
+    patch = random_field(5, 2, (8, 12))
+    tokens = restriction(random_field(5, 3, (4, 6)), patch)
+    means = patch.reshape(5, 2, 2, 4, 2, 6).mean((3, 5)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(tokens[..., 4:], means)
+
+
+@pytest.mark.parametrize("periodic", [(True, True), (False, True), (False, False)])
+def test_prolongation_is_linear_interpolation_across_borders(periodic: tuple[bool, bool]) -> None:
+    decomposition = Decomposition((16, 24), (8, 8), 1, periodic)
+    prolongation = Prolongation(2, width=3, latent=1, fine=3).double()
+    prolongation.to_fine.weight.data.copy_(torch.eye(3))
+    prolongation.to_fine.bias.data.zero_()
+    canvas = random_field(2, 3, (4, 6)).movedim(1, -1)
+    fine = join(prolongation.fine(canvas, decomposition, range(6)), decomposition)
+    framed = frame(canvas.movedim(-1, 1), periodic)
+    whole = torch.nn.functional.interpolate(framed, scale_factor=4, mode="bilinear", align_corners=False)[..., 4:-4, 4:-4]
+    torch.testing.assert_close(fine, whole)
+
+
+def test_interpolation_reproduces_linear_functions() -> None:
+    centres = torch.arange(-1, 5, dtype=torch.float64) + 0.5
+    points = (torch.arange(16, dtype=torch.float64) + 0.5) / 4
+    torch.testing.assert_close((2 * centres - 3) @ interpolation(4, 4), 2 * points - 3)
+
+
+def test_tokens_are_where_their_places_say() -> None:
+    patch_grid, q = (2, 3), 2
+    decomposition = Decomposition((4, 6), (2, 2))
+    where = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij"))[None] + 0.5
+    tokens = cut(where, decomposition).flatten(3).transpose(2, 3)
+    torch.testing.assert_close(to_canvas(tokens, patch_grid, q).flatten(1, 2)[0].double(), token_places(patch_grid, q))
+
+
+@pytest.mark.parametrize(
+    ("patch", "tokens", "levels", "message"),
+    [((16, 16), 3, 1, "3 tokens per axis do not divide"), ((12, 16), 4, 4, "4 levels need a patch divisible by 8")],
+)
+def test_patches_that_do_not_fit_the_network_are_refused(patch: tuple[int, ...], tokens: int, levels: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_tokens(patch, tokens, levels)
