@@ -32,7 +32,6 @@ setup(
         "Topic :: Scientific/Engineering :: Physics",
     ],
     packages=find_packages(include=["ddpatch", "ddpatch.*"]),
-    package_data={"ddpatch": ["py.typed"]},
     entry_points={"console_scripts": ["ddpatch = ddpatch.__main__:main"]},
     python_requires=">=3.10",
     install_requires=[

@@ -75,10 +75,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(len(self.channels) > 0 and min(self.channels) > 0, "model.channels", list(self.channels), "positive widths")
-        for name, least in (("blocks", 1), ("halo", 0), ("tokens", 1), ("token_channels", 1), ("coarse_layers", 0), ("positions", 0)):
+        least_values = {"blocks": 1, "halo": 0, "tokens": 1, "token_channels": 1, "coarse_layers": 0, "positions": 0}
+        for name, least in least_values.items():
             _require(getattr(self, name) >= least, f"model.{name}", getattr(self, name), f"{least} or more")
         heads, width = self.coarse_heads, self.coarse_width
-        _require(heads > 0 and width % (2 * heads) == 0, "model.coarse_width", width, f"a multiple of 2 × coarse_heads = {2 * heads}")
+        fits = heads > 0 and width % (2 * heads) == 0
+        _require(fits, "model.coarse_width", width, f"a multiple of 2 × coarse_heads = {2 * heads}")
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """``device`` is ``auto``, ``cpu`` or ``cuda``; ``deterministic`` sums over ranks in rank order, so that runs are bit-equal."""
+    """``device`` is ``auto``, ``cpu`` or ``cuda``; ``deterministic`` sums over ranks in rank order: runs repeat bit for bit."""
 
     device: str = "auto"
     deterministic: bool = False

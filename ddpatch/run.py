@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,12 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, generator
 from ddpatch.statistics.spectrum import mode_deviation
 
-FREE_TO_CHANGE: dict[str, set[str] | None] = {"train": {"steps", "log_every", "checkpoint_every"}, "sample": None, "output": None, "parallel": None}
+FREE_TO_CHANGE: dict[str, set[str] | None] = {  # None: every key of the section
+    "train": {"steps", "log_every", "checkpoint_every"},
+    "sample": None,
+    "output": None,
+    "parallel": None,
+}
 
 
 @dataclass(frozen=True)
@@ -78,18 +84,18 @@ def resolve(config: Config, file: FieldFile) -> Config:
 def measure_field(config: Config, file: FieldFile, comm: Communicator, most: int = 64) -> Field:
     """Measure normalisation and range of noise levels on the training samples, at most ``most`` of them. Collective.
 
-    Wave numbers count as resolved up to the file's attribute ``k_max``, or else up to a third of the points per axis, where
-    dealiased simulations end.
+    Wave numbers count as resolved up to the file's attribute ``k_max`` (in multiples of its smallest one), or else up to a third
+    of the points per axis, where dealiased simulations end.
     """
     samples = training_samples(config, file)
     picked = samples[:: -(-len(samples) // most)]
     affine = measure_normalisation(file, picked, config.data.normalise, comm)
     low, high = config.diffusion.sigma_min, config.diffusion.sigma_max
     if low is None or high is None:
-        deviation = mode_deviation(file, picked, comm, mean=affine.mean, std=affine.std)
-        volume = Decomposition(file.header.grid_shape, file.header.grid_shape).num_points
-        resolved = int(file.header.attributes.get("k_max", min(file.header.grid_shape) // 3))
-        measured = sigma_range(deviation * (decompose(config, 1).num_points / volume) ** 0.5, resolved)
+        grid, full = decompose(config, 1).grid_shape, file.header.grid_shape
+        deviation = mode_deviation(file, picked, comm, grid, np.asarray(affine.mean), np.asarray(affine.std))
+        finest = file.header.attributes.get("k_max", min(full) / 3)
+        measured = sigma_range(deviation, max(1, int(finest * max(grid) / max(full))))
         low, high = low or measured[0], high or measured[1]
     return Field(file.header.channels, file.header.spacing, affine, low, high)
 

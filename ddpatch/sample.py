@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ class Sampler:
         noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config)).to(self.device)
         sigmas = self.field.schedule.steps(steps)
         x = noise * float(sigmas[0])
-        for done, x in enumerate(make_solver(solver, self.denoise).trajectory(x, sigmas), start=1):
+        for done, state in enumerate(make_solver(solver, self.denoise).trajectory(x, sigmas), start=1):
+            x = state
             progress(done)
         return self.field.normalisation.restore(x)
 
@@ -129,9 +131,13 @@ def sample(
     batch, total = sampler.config.train.batch, -(-count // sampler.config.train.batch) * steps
     header = sampler.header(count, seed=seed, solver=solver, steps=steps)
     with open_writer(output, header, sampler.decomposition, comm, mode or sampler.config.output.mode, overwrite) as writer:
-        for i, start in enumerate(range(0, count, batch)):
-            numbers = range(start, min(start + batch, count))
-            drawn = sampler.draw(numbers, seed, solver, steps, lambda done, i=i: progress(i * steps + done, total))
+        for start in range(0, count, batch):
+            numbers, before = range(start, min(start + batch, count)), start // batch * steps
+            drawn = sampler.draw(numbers, seed, solver, steps, partial(_report, progress, before, total))
             for number, patches in zip(numbers, drawn, strict=True):
                 writer.write(number, patches.to("cpu", torch.float32))
     comm.on_root(lambda: write_sidecar(output, header, overwrite=True))
+
+
+def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,17 +22,22 @@ CASES = [  # grid, patch, periodic: nothing here that 2, 3 and 4 ranks all divid
 ]
 
 
+def within(decomposition: Decomposition, patch: int) -> Any:
+    """Index of a patch in ``[..., *grid]``."""
+    return (..., *decomposition.slices(patch))
+
+
 def cut(field: Tensor, decomposition: Decomposition, patches: range | None = None) -> Tensor:
     """``[sample, channel, *grid]`` to ``[sample, patch, channel, *patch_shape]``."""
     numbers = range(decomposition.num_patches) if patches is None else patches
-    return torch.stack([field[(..., *decomposition.slices(p))] for p in numbers], dim=1)
+    return torch.stack([field[within(decomposition, p)] for p in numbers], dim=1)
 
 
 def join(patches: Tensor, decomposition: Decomposition) -> Tensor:
     """The inverse of :func:`cut` for all patches."""
     field = patches.new_empty(len(patches), patches.shape[2], *decomposition.grid_shape)
     for p in range(decomposition.num_patches):
-        field[(..., *decomposition.slices(p))] = patches[:, p]
+        field[within(decomposition, p)] = patches[:, p]
     return field
 
 

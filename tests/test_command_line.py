@@ -125,7 +125,9 @@ def test_mistakes_in_a_configuration(
     assert not (tmp_path / "run").exists()
 
 
-def test_numbers_that_are_not_finite_are_located(config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_that_are_not_finite_are_located(
+    config: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = tmp_path / "broken.h5"
     shutil.copy(data, broken)
     with h5py.File(broken, "r+") as file:
@@ -150,7 +152,7 @@ def test_existing_samples_are_not_replaced_unasked(run: Path, tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["sample", "RUN", "--count", "1", "--output", "OUT", "--grid", "20", "24"], "[8, 8] does not divide domain.grid [20, 24]"),
+        (["sample", "RUN", "--count", "1", "--output", "OUT", "--grid", "20", "24"], "[8, 8] does not divide"),
         (["sample", "RUN", "--count", "1", "--output", "OUT", "--grid", "16"], "the run has 2 axes"),
         (["sample", "RUN", "--count", "0", "--output", "OUT"], "--count 0"),
         (["sample", "RUN", "--count", "1", "--output", "OUT", "--solver", "euler"], "expected one of heun, dpm++2m, got 'euler'"),

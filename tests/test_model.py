@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import CASES, cut, join, random_field
+from problems import CASES, cut, join, random_field, within
 from torch import Tensor
 
 from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
+from ddpatch.model.coarse import GeometricAttention
 from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, frame, interpolation, to_canvas, token_places
 from ddpatch.model.two_level import TwoLevelModel
 from ddpatch.parallel.collectives import Exchange
@@ -79,9 +80,10 @@ def test_the_same_weights_run_on_other_numbers_of_patches() -> None:
 def test_far_tokens_of_a_larger_domain_do_not_change_a_local_answer() -> None:
     """Attention windows are physical: the ring that the training domain closed is cut open, not folded onto itself."""
     model, _ = make(Decomposition((64, 16), (8, 8)))
-    for block in model.coarse.blocks:
-        block.attention.log_range.data.fill_(-0.5)  # type: ignore[union-attr]
-        block.attention.centre.data.clamp_(-1, 1)  # type: ignore[union-attr]
+    for module in model.modules():
+        if isinstance(module, GeometricAttention):
+            module.log_range.data.fill_(-0.5)
+            module.centre.data.clamp_(-1, 1)
     field = random_field(1, 2, (128, 16))
     short, long = Decomposition((64, 16), (8, 8)), Decomposition((128, 16), (8, 8))
     near = evaluate(model, Exchange(short, Communicator(), 2), field[:, :, :64])
@@ -92,7 +94,7 @@ def test_far_tokens_of_a_larger_domain_do_not_change_a_local_answer() -> None:
 def changed_patches(model: TwoLevelModel, exchange: Exchange, field: Tensor, patch: int) -> set[int]:
     """The patches whose prediction depends on one patch."""
     other = field.clone()
-    other[(..., *exchange.decomposition.slices(patch))] += 1
+    other[within(exchange.decomposition, patch)] += 1
     change = cut(evaluate(model, exchange, other) - evaluate(model, exchange, field), exchange.decomposition)
     return {p for p in range(change.shape[1]) if float(change[:, p].abs().max()) > 1e-12}
 

@@ -12,8 +12,8 @@ def test_noise_of_a_patch_does_not_depend_on_what_is_drawn_with_it() -> None:
 
 
 def test_every_part_of_the_key_matters() -> None:
-    keys = [(0, Stream.NOISE, 1, 2), (1, Stream.NOISE, 1, 2), (0, Stream.SAMPLE, 1, 2), (0, Stream.NOISE, 2, 1), (0, Stream.NOISE, 1)]
-    draws = {generator(*key).integers(2**62) for key in keys}
+    keys = [(0, Stream.NOISE, 1, 2), (1, Stream.NOISE, 1, 2), (0, Stream.SAMPLE, 1, 2), (0, Stream.NOISE, 2, 1)]
+    draws = {int(generator(seed, stream, *place).integers(2**62)) for seed, stream, *place in keys}
     assert len(draws) == len(keys)
 
 

@@ -75,9 +75,7 @@ class PatchBatches:
         grid, full = self.decomposition.grid_shape, self.file.header.grid_shape
         if not self.shift:
             return (0,) * len(grid)
-        ranges = [
-            n if wraps else n - m + 1 for m, n, wraps in zip(grid, full, self.file.header.periodic, strict=True)
-        ]
+        ranges = [n if wraps else n - m + 1 for m, n, wraps in zip(grid, full, self.file.header.periodic, strict=True)]
         return tuple(int(i) for i in generator(self.seed, Stream.SHIFT, draw).integers(ranges))
 
 

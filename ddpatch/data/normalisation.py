@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +60,7 @@ def measure_normalisation(file: FieldFile, samples: Sequence[int], kind: str, co
     for rows in _rows(file, samples, comm):
         values = torch.from_numpy(rows).to(torch.float64).flatten(1)
         sums += torch.cat([values.sum(1), values.square().sum(1)])
-    count = len(samples) * np.prod(file.header.grid_shape)
+    count = len(samples) * math.prod(file.header.grid_shape)
     mean, square = (comm.allreduce_(sums) / count).split(channels)
     variance = square - mean.square()
     if float(variance.min()) <= 1e-12 * float(square.max()):
@@ -77,8 +77,3 @@ def _rows(file: FieldFile, samples: Sequence[int], comm: Communicator) -> Iterat
     for sample in samples:
         for row in block_range(grid[0], comm.size, comm.rank):
             yield file.read(sample, (row, *(0,) * (len(grid) - 1)), (1, *grid[1:]))
-
-
-def as_state(normalisation: Normalisation) -> dict[str, Any]:
-    """For checkpoints: lists of numbers."""
-    return {"mean": list(normalisation.mean), "std": list(normalisation.std)}

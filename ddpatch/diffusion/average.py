@@ -29,5 +29,5 @@ class AveragedModel(Generic[Module]):
     def update(self, module: Module, samples: int, samples_seen: int) -> None:
         """Average in the weights after a step on ``samples`` samples, ``samples_seen`` of them in all."""
         beta = 0.5 ** (samples / min(self.half_life, max(samples_seen / 10, 1e-9)))
-        mine, theirs = list(self.module.parameters()), list(module.parameters())
-        torch._foreach_lerp_(mine, theirs, 1 - beta)
+        for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
+            mine.lerp_(theirs, 1 - beta)

@@ -17,7 +17,9 @@ MAX_FACTOR, MIN_FACTOR, ROUND_OFF = 8.0, 0.3, 1e-5
 
 @dataclass(frozen=True)
 class Schedule:
-    """The range [σ_min, σ_max], trained log-uniformly and sampled on the grid σ_i = (σ_max^(1/ρ) + i/(N-1) (σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ.
+    """The range [σ_min, σ_max], trained log-uniformly, and sampled in N steps at
+
+        σ_i = (σ_max^(1/ρ) + i/(N-1) (σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ,   i = 0 .. N-1,   σ_N = 0.
 
     Arguments:
         sigma_min, sigma_max: The range.

@@ -32,6 +32,7 @@ class Solver(ABC):
         self._denoise = denoise
         self.evaluations = 0
 
+    @abstractmethod
     def start(self) -> None:
         """Forget earlier steps."""
 
@@ -42,8 +43,8 @@ class Solver(ABC):
     def solve(self, noise: Tensor, sigmas: Tensor) -> Tensor:
         """Turn unit noise ``[sample, *]`` into samples along descending noise levels ``[step + 1]``."""
         x = noise * float(sigmas[0])
-        for x in self.trajectory(x, sigmas):
-            pass
+        for state in self.trajectory(x, sigmas):
+            x = state
         return x
 
     def trajectory(self, x: Tensor, sigmas: Tensor) -> Iterator[Tensor]:
@@ -64,6 +65,9 @@ class Heun(Solver):
 
     name = "heun"
     evaluations_per_step = 2
+
+    def start(self) -> None:
+        """Nothing to forget: a one-step method."""
 
     def step(self, x: Tensor, sigma: float, target: float) -> Tensor:
         """Advance by Euler, then correct with the slope at the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,11 +77,7 @@ class Prolongation(nn.Module):
         """
         framed = frame(self.to_fine(canvas).movedim(-1, 1), decomposition.periodic)
         per_patch = [n // g for n, g in zip(canvas.shape[1:-1], decomposition.patch_grid, strict=True)]
-        boxes = [
-            framed[(..., *(slice(i * q, i * q + q + 2) for i, q in zip(decomposition.position(p), per_patch, strict=True)))]
-            for p in patches
-        ]
-        points = torch.stack(boxes, dim=1)
+        points = own_boxes(framed, decomposition, patches, per_patch, ring=2)
         for axis, (n, q) in enumerate(zip(decomposition.patch_shape, per_patch, strict=True), start=3):
             points = (points.movedim(axis, -1) @ interpolation(q, n // q).to(points)).movedim(-1, axis)
         return points
@@ -123,6 +120,27 @@ def to_canvas(tokens: Tensor, patch_grid: Sequence[int], q: int) -> Tensor:
     return rearrange(tokens, "b (z y x) (k j i) c -> b (z k) (y j) (x i) c", z=z, y=y, x=x, k=q, j=q, i=q)
 
 
+def own_boxes(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int], q: Sequence[int], ring: int = 0) -> Tensor:
+    """The tokens of some patches, and ``ring`` more at the end of every axis.
+
+    Arguments:
+        canvas: Tokens in place, with shape ``[sample, feature, *token_grid]``.
+        decomposition: The grid and its patches.
+        patches: Global numbers of the patches.
+        q: Tokens per patch, by axis.
+        ring: Additional tokens per axis.
+
+    Returns:
+        Shape ``[sample, patch, feature, *(q + ring)]``.
+    """
+    boxes = []
+    for patch in patches:
+        place = zip(decomposition.position(patch), q, strict=True)
+        box: tuple[Any, ...] = (slice(None), slice(None), *(slice(i * n, i * n + n + ring) for i, n in place))
+        boxes.append(canvas[box])
+    return torch.stack(boxes, dim=1)
+
+
 def token_places(patch_grid: Sequence[int], q: int) -> Tensor:
     """Coordinates of the token centres in token spacings, in the order of the canvas, with shape ``[token, axis]``."""
     axes = [torch.arange(n * q, dtype=torch.float64) + 0.5 for n in patch_grid]
@@ -135,11 +153,12 @@ def check_tokens(patch_shape: Sequence[int], q: int, levels: int) -> None:
         if n % q:
             raise UserError(f"model.tokens: {q} tokens per axis do not divide the patch {list(patch_shape)}")
         if n % 2 ** (levels - 1):
-            raise UserError(
-                f"model.channels: {levels} levels need a patch divisible by {2 ** (levels - 1)}, got domain.patch {list(patch_shape)}"
-            )
+            least = 2 ** (levels - 1)
+            raise UserError(f"model.channels: {levels} levels need a domain.patch divisible by {least}, got {list(patch_shape)}")
 
 
 def _pool(x: Tensor, shape: Sequence[int]) -> Tensor:
     """Block means, or repetition where ``shape`` is finer."""
-    return F.adaptive_avg_pool2d(x, shape) if len(shape) == 2 else F.adaptive_avg_pool3d(x, shape)
+    if len(shape) == 2:
+        return F.adaptive_avg_pool2d(x, (shape[0], shape[1]))
+    return F.adaptive_avg_pool3d(x, (shape[0], shape[1], shape[2]))

@@ -14,22 +14,22 @@ from ddpatch.decomposition import Decomposition
 from ddpatch.model.coarse import CoarseTransformer
 from ddpatch.model.layers import NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
-from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, to_canvas, token_places
+from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, own_boxes, to_canvas, token_places
 from ddpatch.model.unet import Decoder, Encoder
 
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 class Coupling(Protocol):
-    """What the network is given to reach other patches. See :class:`ddpatch.parallel.collectives.Exchange`.
+    """What the network is given to reach other patches. See :class:`ddpatch.parallel.collectives.Exchange`."""
 
-    Attributes:
-        decomposition: The grid and its patches.
-        patches: Global numbers of the own patches.
-    """
+    @property
+    def decomposition(self) -> Decomposition:
+        """The grid and its patches."""
 
-    decomposition: Decomposition
-    patches: Sequence[int]
+    @property
+    def patches(self) -> Sequence[int]:
+        """Global numbers of the own patches."""
 
     def gather(self, tokens: Tensor) -> Tensor:
         """``[sample, local patch, ...]`` to ``[sample, patch, ...]``. Collective."""
@@ -68,7 +68,7 @@ class TwoLevelModel(nn.Module):
                 embedding,
             )
             self.prolongation = Prolongation(ndim, config.coarse_width, widths[-1], widths[0])
-        self.to(memory_format=CHANNELS_LAST[ndim])
+        self.to(memory_format=CHANNELS_LAST[ndim])  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise: Tensor, coupling: Coupling) -> Tensor:
         """Evaluate the network on the own patches. Collective.
@@ -109,15 +109,13 @@ class TwoLevelModel(nn.Module):
         places = token_places(decomposition.patch_grid, q).to(x)
         lengths = [n * (1.0 if wraps else 2.0) for n, wraps in zip(grid, self.periodic, strict=True)]
         canvas = self.coarse(tokens.flatten(1, ndim), embedding, places, lengths).unflatten(1, grid)
-        boxes = [
-            canvas[(slice(None), *(slice(i * q, i * q + q) for i in decomposition.position(patch)))] for patch in coupling.patches
-        ]
-        into_latent = self.prolongation.latent(torch.stack(boxes, dim=1).flatten(0, 1), latent.shape[2:])
+        own = own_boxes(canvas.movedim(-1, 1), decomposition, coupling.patches, [q] * ndim)
+        into_latent = self.prolongation.latent(own.flatten(0, 1).movedim(1, -1), latent.shape[2:])
         into_fine = self.prolongation.fine(canvas, decomposition, coupling.patches)
         return into_latent, into_fine.flatten(0, 1)
 
     def _token_features(self, decomposition: Decomposition) -> Tensor:
-        """Coordinates of all tokens, with shape ``[*token_grid, feature]``: the same features, of a grid with a point per token."""
+        """Coordinates of all tokens, with shape ``[*token_grid, feature]``: those of a grid with a point per token."""
         token_grid = tuple(n * self.config.tokens for n in decomposition.patch_grid)
         tokens = Decomposition(token_grid, token_grid, 1, decomposition.periodic)
         return coordinate_features(tokens, [0], 0, self.config.positions)[0].movedim(0, -1)

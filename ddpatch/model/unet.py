@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +24,7 @@ class Stem(nn.Module):
     def __init__(self, ndim: int, inputs: int, outputs: int, halo: int) -> None:
         super().__init__()
         widths = [inputs] + [outputs] * max(1, halo)
-        self.layers = nn.ModuleList(
-            CONV[ndim](i, o, 3, padding=0 if halo else 1) for i, o in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.layers = nn.ModuleList(CONV[ndim](i, o, 3, padding=0 if halo else 1) for i, o in pairwise(widths))
 
     def forward(self, window: Tensor) -> Tensor:
         """Map windows ``[batch, inputs, *(patch_shape + 2 δ)]`` to ``[batch, outputs, *patch_shape]``."""
@@ -53,9 +52,7 @@ class Encoder(nn.Module):
         self.levels = nn.ModuleList(
             nn.ModuleList(ResidualBlock(ndim, width, width, embedding) for _ in range(blocks)) for width in channels
         )
-        self.downs = nn.ModuleList(
-            CONV[ndim](fine, coarse, 2, stride=2) for fine, coarse in zip(channels[:-1], channels[1:], strict=True)
-        )
+        self.downs = nn.ModuleList(CONV[ndim](fine, coarse, 2, stride=2) for fine, coarse in pairwise(channels))
 
     def forward(self, window: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Encode windows ``[batch, inputs, *(patch_shape + 2 δ)]``.
@@ -87,7 +84,7 @@ class Decoder(nn.Module):
     def __init__(self, ndim: int, outputs: int, channels: Sequence[int], blocks: int, embedding: int) -> None:
         super().__init__()
         conv = CONV[ndim]
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        pairs = list(pairwise(channels))
         self.ups = nn.ModuleList(CONV_TRANSPOSE[ndim](coarse, fine, 2, stride=2) for fine, coarse in pairs)
         self.merges = nn.ModuleList(conv(2 * fine, fine, 1) for fine, _ in pairs)
         self.levels = nn.ModuleList(

@@ -64,8 +64,7 @@ class Communicator:
 
     def split(self, color: int) -> Communicator:
         """The communicator of the ranks that pass the same color. Collective."""
-        part = self._comm.Split(color, self.rank)
-        return Communicator(part, self.deterministic)
+        return Communicator(MPI.Intracomm(self._comm.Split(color, self.rank)), self.deterministic)
 
     def free(self) -> None:
         """Release the MPI handles. Collective."""
@@ -125,7 +124,9 @@ class Communicator:
         received = self.exchange(dict(enumerate(pieces)), incoming, kind="alltoall")
         return [received[rank] for rank in range(self.size)]
 
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], kind: str = "exchange") -> dict[int, Tensor]:
+    def exchange(
+        self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], kind: str = "exchange"
+    ) -> dict[int, Tensor]:
         """Neighbour exchange: one non-blocking message per rank and direction; receives are posted first.
 
         Arguments:

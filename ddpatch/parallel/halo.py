@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,12 +82,12 @@ class Halo:
         if not self.width:
             return patches
         windows = patches.new_zeros(*patches.shape[:3], *(n + 2 * self.width for n in self.shape))
-        windows[(..., *self._interior())] = patches
+        windows[_at(self._interior())] = patches
         outgoing = {peer: _pack(patches, moves, self._edge) for peer, moves in self._sends.items()}
         received = self._exchange(outgoing, self._receives, windows, comm)
         for peer, moves in self._receives.items():
             for move, piece in self._unpack(received[peer], moves, windows):
-                windows[(ALL, move.patches, ALL, *self._ring(move.offset))] = piece
+                windows[_at(self._ring(move.offset), move.patches)] = piece
         return windows
 
     def add(self, windows: Tensor, comm: Communicator) -> Tensor:
@@ -101,12 +101,12 @@ class Halo:
         """
         if not self.width:
             return windows
-        patches = windows[(..., *self._interior())].clone()
+        patches = windows[_at(self._interior())].clone()
         outgoing = {peer: _pack(windows, moves, self._ring) for peer, moves in self._receives.items()}
         received = self._exchange(outgoing, self._sends, windows, comm)
         for peer, moves in self._sends.items():
             for move, piece in self._unpack(received[peer], moves, windows):
-                patches[(ALL, move.patches, ALL, *self._edge(move.offset))] += piece
+                patches[_at(self._edge(move.offset), move.patches)] += piece
         return patches
 
     def _exchange(
@@ -141,5 +141,10 @@ class Halo:
         return tuple(inner[a] if o == 0 else high if o > 0 else low for a, o in enumerate(offset))
 
 
+def _at(box: Box, patches: list[int] | None = None) -> tuple[Any, ...]:
+    """Index of a box in some patches of ``[sample, local patch, channel, *points]``."""
+    return (ALL, ALL if patches is None else patches, ALL, *box)
+
+
 def _pack(tensor: Tensor, moves: list[Move], box: Callable[[Index], Box]) -> Tensor:
-    return torch.cat([tensor[(ALL, move.patches, ALL, *box(move.offset))].reshape(-1) for move in moves])
+    return torch.cat([tensor[_at(box(move.offset), move.patches)].reshape(-1) for move in moves])

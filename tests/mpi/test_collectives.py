@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,8 +41,9 @@ def test_windows_are_boxes_of_the_padded_field(
     windows = exchange.halo(cut(field, decomposition, exchange.patches))
     whole = padded(field, width, periodic)
     for i, number in enumerate(exchange.patches):
-        box = tuple(slice(s, s + n + 2 * width) for s, n in zip(decomposition.start(number), patch, strict=True))
-        assert torch.equal(windows[:, i], whole[(..., *box)])
+        place = zip(decomposition.start(number), patch, strict=True)
+        box: Any = (..., *(slice(s, s + n + 2 * width) for s, n in place))
+        assert torch.equal(windows[:, i], whole[box])
 
 
 @pytest.mark.parametrize(("grid", "patch", "periodic"), CASES)
@@ -118,7 +121,7 @@ def test_bytes_and_calls_are_counted(comm: Communicator) -> None:
 
 
 def test_a_halo_wider_than_the_patch_is_refused(comm: Communicator) -> None:
-    with pytest.raises(UserError, match="model.halo: 5 points are wider"):
+    with pytest.raises(UserError, match=r"model\.halo: 5 points are wider"):
         Halo(Decomposition((8, 8), (4, 4), 1), 0, 5)
 
 
