@@ -62,13 +62,13 @@ def evaluate(
         UserError: if the files cannot be compared, or the report exists.
     """
     folder = Path(output)
-    for file in ("metrics.json", "report.html"):
-        comm.on_root(partial(refuse_existing, folder / file, overwrite))
     with (
         FieldFile(samples_path, name, axes) as generated,
         FieldFile(reference_path, reference_name or name, reference_axes) as source,
     ):
         reference = comparable(generated, source)
+        for file in ("metrics.json", "report.html"):
+            comm.on_root(partial(refuse_existing, folder / file, overwrite))
         comparison = compare_fields(generated, reference, comm, patch, limit)
         setting = _setting(generated, source, reference, comparison, limit)
         metrics: dict[str, Any] = comm.broadcast({"setting": setting, **comparison.as_dict()})

@@ -97,6 +97,7 @@ class Plan:
             "time": np.array([(flow.spin_up + i) * flow.interval for share in shares for i in range(len(share))]),
             "trajectory": np.array([t for t, share in enumerate(shares) for _ in share]),
             "seed": self.seed,
+            "k_max": flow.grid.cutoff,
             "ddpatch_version": __version__,
         }
         spacing = (2 * math.pi / self.points,) * ndim

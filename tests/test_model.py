@@ -161,7 +161,7 @@ def test_tokens_are_where_their_places_say() -> None:
 
 @pytest.mark.parametrize(
     ("patch", "tokens", "levels", "message"),
-    [((16, 16), 3, 1, "3 tokens per axis do not divide"), ((12, 16), 4, 4, "4 levels need a patch divisible by 8")],
+    [((16, 16), 3, 1, "3 tokens per axis do not divide"), ((12, 16), 4, 4, "4 levels need a domain.patch divisible by 8")],
 )
 def test_patches_that_do_not_fit_the_network_are_refused(patch: tuple[int, ...], tokens: int, levels: int, message: str) -> None:
     with pytest.raises(UserError, match=message):

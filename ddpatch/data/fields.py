@@ -15,6 +15,7 @@ from ddpatch.errors import UserError, nearest
 from ddpatch.io.volume import AXES, VolumeHeader
 
 RESERVED = {"channel_names", "spacing", "periodic", "domain_length", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST"}
+CACHE_BYTES = 2**26  # compressed files are stored in tiles that boxes share; a tile that is not kept is decompressed again
 Run = tuple[int, int, int]  # where it lies in the result, where it starts in the file, how long it is
 
 
@@ -194,7 +195,7 @@ def _open(path: Path) -> h5py.File:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path, "r", rdcc_nbytes=CACHE_BYTES)
     except OSError as error:
         kind = "cannot be opened" if path.is_file() and h5py.is_hdf5(path) else "is not an HDF5 file"
         raise UserError(f"{path}: {kind}: {' '.join(str(error).split())}") from None

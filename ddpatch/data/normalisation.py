@@ -15,6 +15,8 @@ from ddpatch.decomposition import block_range
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
 
+PIECE = 2**22  # numbers in memory at a time
+
 
 @dataclass(frozen=True)
 class Normalisation:
@@ -72,8 +74,10 @@ def measure_normalisation(file: FieldFile, samples: Sequence[int], kind: str, co
 
 
 def _rows(file: FieldFile, samples: Sequence[int], comm: Communicator) -> Iterator[np.ndarray]:
-    """This rank's rows of axis 0, one at a time."""
+    """This rank's rows of axis 0, as many at a time as fit into a bounded piece of memory."""
     grid = file.header.grid_shape
+    rows, rest = block_range(grid[0], comm.size, comm.rank), (0,) * (len(grid) - 1)
+    step = max(1, PIECE // (len(file.header.channels) * math.prod(grid[1:])))
     for sample in samples:
-        for row in block_range(grid[0], comm.size, comm.rank):
-            yield file.read(sample, (row, *(0,) * (len(grid) - 1)), (1, *grid[1:]))
+        for first in rows[::step]:
+            yield file.read(sample, (first, *rest), (min(step, rows.stop - first), *grid[1:]))
