@@ -52,7 +52,7 @@ make_environment() {
         say "environment: $folder is up to date"
         return 0
     fi
-    if ! "$folder/bin/python" -m pip --version >/dev/null 2>&1 || [[ $("$folder/bin/python" -VV) != $("$python" -VV) ]]; then
+    if ! "$folder/bin/python" -m pip --version >/dev/null 2>&1 || [[ $("$folder/bin/python" -VV) != "$("$python" -VV)" ]]; then
         say "environment: making $folder with $python ($("$python" -V))"
         create_environment "$python" "$folder" || return 1
     fi
