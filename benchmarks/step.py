@@ -26,11 +26,12 @@ import torch
 from hardware import describe
 
 from ddpatch.config import build
+from ddpatch.data.normalisation import Normalisation
 from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.collectives import Exchange, sum_gradients
 from ddpatch.parallel.comm import Communicator
-from ddpatch.run import decompose, make_denoiser, make_model
+from ddpatch.run import Field, decompose, make_denoiser, make_model
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = {"monolith, 1 rank": (1, "monolith"), "two-level, 1 rank": (1, "two-level"), "two-level, 2 ranks": (2, "two-level")}
@@ -44,8 +45,11 @@ def measure(model: str, grid: int, steps: int) -> dict[str, float]:
     domain = {"patch": [patch] * 3, "grid": [grid] * 3, "periodic": [True] * 3}
     config = build({"domain": domain, "data": {"path": "none"}, "model": {"coarse_layers": layers}}, "benchmark")
     exchange = Exchange(decompose(config, comm.size), comm, config.model.halo)
-    network = make_model(config, 3)
-    denoiser, optimiser = make_denoiser(network, exchange), torch.optim.Adam(network.parameters())
+    size = 3 * 3**3
+    stencil = tuple(tuple(float(i == j) for j in range(size)) for i in range(size))
+    field = Field(("u", "v", "w"), (1.0,) * 3, Normalisation((0.0,) * 3, (1.0,) * 3), 0.01, 100.0, stencil, ((1.0,), (1.0,)))
+    network = make_model(config, field)
+    denoiser, optimiser = make_denoiser(config, field, network, exchange), torch.optim.Adam(network.parameters())
     clean, noise = torch.randn(2, 1, len(exchange.patches), 3, *(patch,) * 3)
     seconds, communication = [], []
     for _ in range(steps + 1):

@@ -60,7 +60,8 @@ class ModelConfig:
     ``channels`` per level of the U-Net, finest first; ``blocks`` residual blocks per level and side; ``halo`` width in points;
     ``tokens`` per axis and patch; ``token_channels`` latent features per token (what the allgather carries, besides block means);
     ``coarse_*`` the vision transformer (``coarse_layers: 0`` uncouples the patches); ``positions`` Fourier modes of the physical
-    coordinates fed to the encoder and to the tokens (0 for homogeneous data).
+    coordinates fed to the encoder and to the tokens (0 for homogeneous data); ``whiten`` puts the first convolution on stencils
+    whitened with the data's covariance (:mod:`ddpatch.model.stencil`).
     """
 
     channels: tuple[int, ...] = (32, 64, 128)
@@ -72,6 +73,7 @@ class ModelConfig:
     coarse_layers: int = 3
     coarse_heads: int = 4
     positions: int = 0
+    whiten: bool = True
 
     def __post_init__(self) -> None:
         _require(len(self.channels) > 0 and min(self.channels) > 0, "model.channels", list(self.channels), "positive widths")
@@ -85,13 +87,19 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The range of noise levels, in units of the normalised data's standard deviation; ``null`` derives it from the spectrum."""
+    """Noise levels, and how they are weighed in the loss.
+
+    ``sigma_min`` and ``sigma_max`` are in units of the normalised data's standard deviation; ``null`` derives them from the
+    spectrum. ``weighting`` is ``edm``, or ``relative`` to the error of the exact linear denoiser of that spectrum.
+    """
 
     sigma_min: float | None = None
     sigma_max: float | None = None
+    weighting: str = "relative"
 
     def __post_init__(self) -> None:
         low, high = self.sigma_min, self.sigma_max
+        _one_of(self.weighting, ("edm", "relative"), "diffusion.weighting")
         _require(low is None or low > 0, "diffusion.sigma_min", low, "a positive noise level")
         _require(high is None or high > (low or 0), "diffusion.sigma_max", high, "more than sigma_min")
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from ddpatch.config import Config, build
 from ddpatch.data.batches import check_grid
 from ddpatch.data.fields import FieldFile
-from ddpatch.data.normalisation import Normalisation, measure_normalisation
+from ddpatch.data.normalisation import Normalisation, measure_normalisation, measure_stencil
 from ddpatch.decomposition import Decomposition
 from ddpatch.diffusion.denoiser import Denoiser
 from ddpatch.diffusion.schedule import Schedule, sigma_range
+from ddpatch.diffusion.weighting import RelativeError, edm
 from ddpatch.errors import UserError
 from ddpatch.model.tokens import check_tokens
 from ddpatch.model.two_level import Coupling, TwoLevelModel
@@ -43,6 +44,8 @@ class Field:
         spacing: Distance of neighbouring points per axis.
         normalisation: Physical to normalised fields.
         sigma_min, sigma_max: Noise levels, in units of the normalised data's deviation.
+        spectrum: Standard deviation of an orthonormal Fourier mode of the normalised data, and number of modes, by shell.
+        stencil: Covariance of the normalised data on 3^d points, ``[channel 3^d, channel 3^d]``.
     """
 
     channels: tuple[str, ...]
@@ -50,6 +53,8 @@ class Field:
     normalisation: Normalisation
     sigma_min: float
     sigma_max: float
+    stencil: tuple[tuple[float, ...], ...]
+    spectrum: tuple[tuple[float, ...], tuple[float, ...]]
 
     @property
     def schedule(self) -> Schedule:
@@ -58,14 +63,13 @@ class Field:
 
     def as_state(self) -> dict[str, Any]:
         """For checkpoints: plain lists and numbers."""
-        state = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in state.items()}
+        return dataclasses.asdict(self)
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Field:
         """The inverse of :meth:`as_state`."""
         affine = Normalisation(*(tuple(state["normalisation"][key]) for key in ("mean", "std")))
-        return Field(tuple(state["channels"]), tuple(state["spacing"]), affine, state["sigma_min"], state["sigma_max"])
+        return Field(**{**state, "normalisation": affine})
 
 
 def resolve(config: Config, file: FieldFile) -> Config:
@@ -90,14 +94,15 @@ def measure_field(config: Config, file: FieldFile, comm: Communicator, most: int
     samples = training_samples(config, file)
     picked = samples[:: -(-len(samples) // most)]
     affine = measure_normalisation(file, picked, config.data.normalise, comm)
-    low, high = config.diffusion.sigma_min, config.diffusion.sigma_max
-    if low is None or high is None:
-        grid, full = decompose(config, 1).grid_shape, file.header.grid_shape
-        deviation = mode_deviation(file, picked, comm, grid, np.asarray(affine.mean), np.asarray(affine.std))
-        finest = file.header.attributes.get("k_max", min(full) / 3)
-        measured = sigma_range(deviation, max(1, int(finest * max(grid) / max(full))))
-        low, high = low or measured[0], high or measured[1]
-    return Field(file.header.channels, file.header.spacing, affine, low, high)
+    grid, full = decompose(config, 1).grid_shape, file.header.grid_shape
+    deviation, modes = mode_deviation(file, picked, comm, grid, np.asarray(affine.mean), np.asarray(affine.std))
+    finest = file.header.attributes.get("k_max", min(full) / 3)
+    low, high = sigma_range(deviation, max(1, int(finest * max(grid) / max(full))))
+    low, high = config.diffusion.sigma_min or low, config.diffusion.sigma_max or high
+    stencil = measure_stencil(file, picked, affine, comm)
+    rows = tuple(tuple(row) for row in stencil.tolist())
+    spectrum = tuple(deviation.tolist()), tuple(modes.tolist())
+    return Field(file.header.channels, file.header.spacing, affine, low, high, rows, spectrum)
 
 
 def training_samples(config: Config, file: FieldFile) -> range:
@@ -112,14 +117,17 @@ def decompose(config: Config, size: int, grid: Sequence[int] | None = None) -> D
     return Decomposition(tuple(grid or domain.grid), domain.patch, size, domain.periodic)
 
 
-def make_model(config: Config, channels: int) -> TwoLevelModel:
+def make_model(config: Config, field: Field) -> TwoLevelModel:
     """The network with initial weights keyed by the seed: the same on all ranks. Leaves torch's global state as it was."""
     domain, model = config.domain, config.model
     assert domain.periodic is not None
     check_tokens(domain.patch, model.tokens, len(model.channels))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(config.train.seed, Stream.INIT).integers(2**62)))
-        return TwoLevelModel(channels, len(domain.patch), model, domain.periodic).to(dtype(config))
+        network = TwoLevelModel(len(field.channels), len(domain.patch), model, domain.periodic).to(dtype(config))
+    if model.whiten:
+        network.encoder.stem.stencil.whiten(torch.tensor(field.stencil, dtype=torch.float64))
+    return network
 
 
 def dtype(config: Config) -> torch.dtype:
@@ -127,13 +135,13 @@ def dtype(config: Config) -> torch.dtype:
     return torch.float64 if config.train.dtype == "float64" else torch.float32
 
 
-def make_denoiser(model: TwoLevelModel, coupling: Coupling) -> Denoiser:
-    """The denoiser of coupled patches."""
+def make_denoiser(config: Config, field: Field, model: TwoLevelModel, coupling: Coupling) -> Denoiser:
+    """The denoiser of coupled patches, with the configured weighting of its loss."""
 
     def network(x: Tensor, noise: Tensor) -> Tensor:
         return model(x, noise, coupling)
 
-    return Denoiser(network)
+    return Denoiser(network, edm if config.diffusion.weighting == "edm" else RelativeError(*field.spectrum))
 
 
 def check_same_run(config: Config, state: dict[str, Any], folder: Path) -> None:

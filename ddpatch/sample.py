@@ -48,9 +48,9 @@ class Sampler:
             raise UserError(f"--grid {' '.join(map(str, grid))}: the run has {len(self.config.domain.patch)} axes")
         self.decomposition = decompose(self.config, comm.size, grid)
         self.coupling = Exchange(self.decomposition, comm, self.config.model.halo)
-        model = make_model(self.config, len(self.field.channels))
+        model = make_model(self.config, self.field)
         checkpoint.restore_weights(model, state["ema"], path)
-        self.denoise = make_denoiser(model.to(self.device).eval(), self.coupling)
+        self.denoise = make_denoiser(self.config, self.field, model.to(self.device).eval(), self.coupling)
 
     @torch.no_grad()
     def draw(self, samples: Sequence[int], seed: int, solver: str, steps: int, progress: Progress = lambda done: None) -> Tensor:

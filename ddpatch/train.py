@@ -54,10 +54,10 @@ class Training:
         self.device = comm.place(config.parallel.device)
         self.decomposition = decompose(config, comm.size)
         self.coupling = Exchange(self.decomposition, comm, config.model.halo)
-        self.model = make_model(config, len(field.channels)).to(self.device)
+        self.model = make_model(config, field).to(self.device)
         self.average = AveragedModel(self.model, config.train.ema)
         self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.train.learning_rate, betas=(0.9, 0.99))
-        self.denoiser = make_denoiser(self.model, self.coupling)
+        self.denoiser = make_denoiser(config, field, self.model, self.coupling)
         self.batches = PatchBatches(
             file,
             training_samples(config, file),

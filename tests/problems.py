@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from ddpatch.config import Config, build
+from ddpatch.data.normalisation import Normalisation
 from ddpatch.decomposition import Decomposition
 from ddpatch.io.volume import VolumeHeader, write_volume
+from ddpatch.run import Field
 
 CASES = [  # grid, patch, periodic: nothing here that 2, 3 and 4 ranks all divide
     ((12, 8), (4, 4), (True, True)),
@@ -62,6 +64,14 @@ def write_fields(path: Path, samples: int = 6, channels: int = 2, grid: tuple[in
     header = VolumeHeader(samples, names, grid, (1.0,) * len(grid), (True,) * len(grid))
     write_volume(path, header, iter(smooth_fields(samples, channels, grid, seed)))
     return path
+
+
+def unit_field(channels: int, ndim: int) -> Field:
+    """White data of unit deviation, for networks that are made without data."""
+    size = channels * 3**ndim
+    stencil = tuple(tuple(float(i == j) for j in range(size)) for i in range(size))
+    affine = Normalisation((0.0,) * channels, (1.0,) * channels)
+    return Field(tuple("uvw"[:channels]), (1.0,) * ndim, affine, 0.01, 100.0, stencil, ((1.0,), (1.0,)))
 
 
 def small_config(data: Path, dtype: str = "float64", **sections: dict[str, object]) -> Config:

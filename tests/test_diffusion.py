@@ -11,6 +11,7 @@ from ddpatch.diffusion.average import AveragedModel
 from ddpatch.diffusion.denoiser import Denoiser
 from ddpatch.diffusion.schedule import Schedule, sigma_range
 from ddpatch.diffusion.solvers import SOLVERS, make_solver
+from ddpatch.diffusion.weighting import RelativeError
 from ddpatch.errors import UserError
 
 MEAN, DEVIATION = 0.7, 0.5
@@ -92,6 +93,21 @@ def test_the_loss_is_the_squared_error_of_the_network() -> None:
     target = (clean - (clean + s * noise) / (s**2 + 1)) * (s**2 + 1).sqrt() / s
     loss = Denoiser(lambda x, c: output).loss(clean, noise, sigma)
     torch.testing.assert_close(loss, (output - target).square())
+
+
+def test_relative_errors_are_those_of_the_exact_linear_denoiser() -> None:
+    """Independent modes with deviations 3 and 0.5, as many of each: the Wiener denoiser has loss 1 at every level."""
+    deviation = torch.tensor([3.0, 0.5]).repeat(200_000)
+    generator = torch.Generator().manual_seed(0)
+    clean, noise = torch.randn(2, 3, len(deviation), generator=generator, dtype=torch.float64) * torch.stack(
+        [deviation, torch.ones_like(deviation)]
+    ).double().unsqueeze(1)
+    sigma = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
+    weight = RelativeError((3.0, 0.5), (1.0, 1.0))(sigma)
+    power, square = deviation.double().square(), sigma.square()[:, None]
+    wiener = (clean + sigma[:, None] * noise) * power / (power + square)
+    loss = weight * (wiener - clean).square().mean(1)
+    torch.testing.assert_close(loss, torch.ones_like(loss), rtol=0.02, atol=0)
 
 
 def test_training_levels_fill_the_range_evenly() -> None:

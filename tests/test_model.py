@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import CASES, cut, join, random_field, within
+from problems import CASES, cut, join, random_field, smooth_fields, within
 from torch import Tensor
 
 from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.coarse import GeometricAttention
+from ddpatch.model.stencil import StencilConvolution
 from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, frame, interpolation, to_canvas, token_places
 from ddpatch.model.two_level import TwoLevelModel
 from ddpatch.parallel.collectives import Exchange
@@ -77,18 +78,23 @@ def test_the_same_weights_run_on_other_numbers_of_patches() -> None:
     assert bool(out.isfinite().all())
 
 
-def test_far_tokens_of_a_larger_domain_do_not_change_a_local_answer() -> None:
-    """Attention windows are physical: the ring that the training domain closed is cut open, not folded onto itself."""
+def test_on_a_larger_domain_attention_keeps_its_physical_reach() -> None:
+    """Patches that the training domain would have folded onto each other stay far apart, and the answer hardly changes."""
     model, _ = make(Decomposition((64, 16), (8, 8)))
     for module in model.modules():
         if isinstance(module, GeometricAttention):
             module.log_range.data.fill_(-0.5)
             module.centre.data.clamp_(-1, 1)
-    field = random_field(1, 2, (128, 16))
-    short, long = Decomposition((64, 16), (8, 8)), Decomposition((128, 16), (8, 8))
-    near = evaluate(model, Exchange(short, Communicator(), 2), field[:, :, :64])
-    far = evaluate(model, Exchange(long, Communicator(), 2), field)
-    torch.testing.assert_close(far[:, :, 24:40], near[:, :, 24:40], rtol=1e-3, atol=1e-3)
+            module.range_of_noise.weight.data.zero_()
+            module.range_of_noise.bias.data.zero_()
+    field, long = random_field(1, 2, (128, 16)), Exchange(Decomposition((128, 16), (8, 8)), Communicator(), 2)
+    far = evaluate(model, long, field)
+    near = evaluate(model, Exchange(Decomposition((64, 16), (8, 8)), Communicator(), 2), field[:, :, :64])
+    other = field.clone()
+    other[:, :, 88:104] += 1
+    change = evaluate(model, long, other) - far
+    assert float(change[:, :, 24:40].abs().max()) < 1e-4 * float(change.abs().max())
+    torch.testing.assert_close(far[:, :, 24:40], near[:, :, 24:40], rtol=0, atol=0.05 * float(near.std()))
 
 
 def changed_patches(model: TwoLevelModel, exchange: Exchange, field: Tensor, patch: int) -> set[int]:
@@ -126,10 +132,11 @@ def test_gradients_reach_every_parameter() -> None:
 
 def test_restriction_carries_block_means() -> None:
     restriction = Restriction(2, latent=3, features=4, tokens=2).double()
-    patch = random_field(5, 2, (8, 12))
-    tokens = restriction(random_field(5, 3, (4, 6)), patch)
+    patch, sigma = random_field(5, 2, (8, 12)), torch.linspace(0.1, 10, 5, dtype=torch.float64)
+    tokens = restriction(random_field(5, 3, (4, 6)), patch[:, None], sigma)[:, 0]
     means = patch.reshape(5, 2, 2, 4, 2, 6).mean((3, 5)).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(tokens[..., 4:], means)
+    scale = ((1 + sigma**2) / (1 + sigma**2 / 24)).sqrt()
+    torch.testing.assert_close(tokens[..., 4:], means * scale[:, None, None])
 
 
 @pytest.mark.parametrize("periodic", [(True, True), (False, True), (False, False)])
@@ -166,3 +173,31 @@ def test_tokens_are_where_their_places_say() -> None:
 def test_patches_that_do_not_fit_the_network_are_refused(patch: tuple[int, ...], tokens: int, levels: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_tokens(patch, tokens, levels)
+
+
+def test_the_first_convolution_whitens_stencils_at_every_noise_level() -> None:
+    """With weights that pick one principal component each, the outputs are uncorrelated and of unit variance."""
+    sigma = torch.tensor([0.05, 1.0, 20.0], dtype=torch.float64)
+    fields = torch.from_numpy(smooth_fields(64, 1, (32, 32))).double()
+    stencils = fields.unfold(2, 3, 1).unfold(3, 3, 1).reshape(-1, 9)
+    convolution = StencilConvolution(2, 1, 9).double()
+    convolution.whiten(stencils.T @ stencils / len(stencils))
+    convolution.weight.data.copy_(torch.eye(9))
+    s = sigma.view(-1, 1, 1, 1, 1)
+    noisy = (fields + s * random_field(64, 1, (32, 32))) / (1 + s**2).sqrt()
+    out = convolution(noisy, sigma).unflatten(0, (3, 64)).transpose(1, 2).flatten(2)
+    covariance = out @ out.transpose(1, 2) / out.shape[-1]
+    torch.testing.assert_close(covariance, torch.eye(9, dtype=torch.float64).expand(3, 9, 9), atol=0.1, rtol=0)
+
+
+def test_without_blocks_the_fine_level_is_linear() -> None:
+    """At first every block is the identity: what leads from input to output is a linear filter, for each noise level."""
+    decomposition = Decomposition((16, 16), (8, 8))
+    config = ModelConfig(**{**SMALL, "coarse_layers": 0, "halo": 1})  # type: ignore[arg-type]
+    model = TwoLevelModel(2, 2, config, (True, True)).double()
+    torch.nn.init.normal_(model.decoder.out.weight)
+    exchange = Exchange(decomposition, Communicator(), 1)
+    a, b = random_field(2, 2, (16, 16)), random_field(2, 2, (16, 16), seed=1)
+    zero = evaluate(model, exchange, torch.zeros_like(a))
+    linear = evaluate(model, exchange, a) + 3 * evaluate(model, exchange, b) - 3 * zero
+    torch.testing.assert_close(evaluate(model, exchange, a + 3 * b), linear)

@@ -108,9 +108,10 @@ def test_divergence_of_a_curl_is_zero_and_of_a_gradient_one(tmp_path: Path, comm
 def test_mode_deviation_of_white_noise_is_its_standard_deviation(tmp_path: Path, comm: Communicator) -> None:
     noise = np.random.default_rng(3).standard_normal((3, 2, 16, 16, 16)) * 5.0 + 7.0
     with FieldFile(write(tmp_path / "u.h5", noise)) as file:
-        deviation = mode_deviation(file, range(3), comm, mean=np.full(2, 7.0), std=np.full(2, 2.5))
-        cropped = mode_deviation(file, [0, 2], comm, grid=(16, 8, 16))
-    assert float(deviation[0]) == 0.0
+        deviation, modes = mode_deviation(file, range(3), comm, mean=noise.mean((0, 2, 3, 4)), std=np.full(2, 2.5))
+        cropped, _ = mode_deviation(file, [0, 2], comm, grid=(16, 8, 16))
+    assert float(modes.sum()) == 16**3
+    assert 0 < float(deviation[0]) < 5
     assert deviation[2:].numpy() == pytest.approx(2.0, rel=0.1)
     assert cropped[2:9].numpy() == pytest.approx(5.0, rel=0.15)
 
@@ -120,9 +121,13 @@ def test_mode_deviation_against_numpy(tmp_path: Path, comm: Communicator) -> Non
     power = (np.abs(np.fft.fftn(u, axes=(2, 3), norm="ortho")) ** 2).mean((0, 1))
     k = np.hypot(np.fft.fftfreq(6, 1 / 6)[:, None] * 7 / 6, np.fft.fftfreq(7, 1 / 7)[None])
     shell = np.floor(k + 0.5).astype(int)
-    expected = [0.0] + [math.sqrt(power[shell == s].mean()) for s in range(1, shell.max() + 1)]
+    expected = [math.sqrt(power[shell == s].mean()) for s in range(shell.max() + 1)]
     with FieldFile(write(tmp_path / "u.h5", u)) as file:
-        assert mode_deviation(file, range(2), comm).numpy() == pytest.approx(expected, rel=1e-12)
+        deviation, modes = mode_deviation(file, range(2), comm)
+        fluctuation, _ = mode_deviation(file, range(2), comm, mean=u.mean((0, 2, 3)))
+    assert deviation.numpy() == pytest.approx(expected, rel=1e-12)
+    assert modes.tolist() == np.bincount(shell.ravel()).tolist()
+    assert float(fluctuation[0]) == pytest.approx(math.sqrt(42) * u.mean((1, 2, 3)).std(), rel=1e-10)
 
 
 def test_crops_are_the_boxes_of_the_field(tmp_path: Path) -> None:

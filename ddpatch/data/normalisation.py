@@ -1,4 +1,4 @@
-"""Mean and standard deviation of the training fields, from slabs read by all ranks."""
+"""Mean, standard deviation and short-range covariance of the training fields, read a piece at a time by all ranks."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
 
 PIECE = 2**22  # numbers in memory at a time
+STENCIL_BOX = 32  # points per axis
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,30 @@ def _rows(file: FieldFile, samples: Sequence[int], comm: Communicator) -> Iterat
     for sample in samples:
         for first in rows[::step]:
             yield file.read(sample, (first, *rest), (min(step, rows.stop - first), *grid[1:]))
+
+
+def measure_stencil(file: FieldFile, samples: Sequence[int], normalisation: Normalisation, comm: Communicator) -> Tensor:
+    """Covariance of the normalised fields on 3^d neighbouring points, over a box of each sample. Collective.
+
+    Arguments:
+        file: The fields.
+        samples: Samples to read; they are dealt out to the ranks.
+        normalisation: Applied to what is read.
+        comm: Ranks that share the reading.
+
+    Returns:
+        Shape ``[channel 3^d, channel 3^d]``, double precision; stencils are ordered as the weights of a convolution.
+    """
+    grid = file.header.grid_shape
+    size = len(file.header.channels) * 3 ** len(grid)
+    sums = torch.zeros(size * size + 1, dtype=torch.float64)
+    shape = [min(n, STENCIL_BOX) for n in grid]
+    for sample in list(samples)[comm.rank :: comm.size]:
+        box = torch.from_numpy(file.read(sample, (0,) * len(grid), shape)).to(torch.float64)
+        stencils = normalisation.normalise(box[None, None])[0, 0]
+        for axis in range(1, 1 + len(grid)):
+            stencils = stencils.unfold(axis, 3, 1)
+        rows = stencils.movedim(0, len(grid)).flatten(len(grid)).flatten(0, len(grid) - 1)
+        sums += torch.cat([(rows.T @ rows).flatten(), torch.tensor([float(len(rows))])])
+    *covariance, count = comm.allreduce_(sums).split([size * size, 1])
+    return covariance[0].view(size, size) / count

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ddpatch.diffusion.weighting import Weighting, edm
+
 Network = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -19,10 +21,11 @@ class Denoiser:
 
     Arguments:
         network: F(x, c_noise): ``[sample, *]`` and ``[sample]`` to ``[sample, *]``.
+        weighting: λ(σ) of the loss.
     """
 
-    def __init__(self, network: Network) -> None:
-        self.network = network
+    def __init__(self, network: Network, weighting: Weighting = edm) -> None:
+        self.network, self.weighting = network, weighting
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate E[x_0 | x].
@@ -37,7 +40,7 @@ class Denoiser:
         return x * scale.square() + wide * scale * self.network(x * scale, s.log() / 4)
 
     def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Weighted squared errors λ(σ) (D(x + σ n; σ) - x)², λ = (σ² + 1) / σ², which is the squared error of F.
+        """Weighted squared errors λ(σ) (D(x + σ n; σ) - x)².
 
         Arguments:
             clean, noise: x and n, with shape ``[sample, *]``.
@@ -46,9 +49,8 @@ class Denoiser:
         Returns:
             Shape ``[sample, *]``: not reduced, since only the caller knows how many elements there are in all.
         """
-        wide = sigma.to(clean.dtype).view(-1, *(1,) * (clean.ndim - 1))
-        error = self(clean + wide * noise, sigma) - clean
-        return error.square() * (wide.square() + 1) / wide.square()
+        wide, weight = (s.to(clean.dtype).view(-1, *(1,) * (clean.ndim - 1)) for s in (sigma, self.weighting(sigma)))
+        return weight * (self(clean + wide * noise, sigma) - clean).square()
 
 
 def detached_sum(losses: Tensor) -> Tensor:

@@ -56,16 +56,15 @@ def sigma_range(deviation: Tensor, last_shell: int) -> tuple[float, float]:
     In orthonormal Fourier coordinates white noise has standard deviation σ in every mode, and the data has s_k in shell k. At
     σ_max every mode must be drowned, at σ_min every resolved mode must stand out:
 
-        σ_max = 8 max_k s_k,   σ_min = 0.3 min_k s_k,   k = 1 .. last_shell,
+        σ_max = 8 max_k s_k,   k = 0 .. last_shell,   σ_min = 0.3 min_k s_k,   k = 1 .. last_shell,
 
     except for shells below 1e-5 of the largest, where single-precision data hold round-off.
 
     Arguments:
-        deviation: s_k of the normalised data, with shape ``[shell]``; s_0 and zeros are ignored.
+        deviation: s_k of the normalised data, with shape ``[shell]``.
         last_shell: The largest wave number that the data resolve.
     """
-    shells = deviation[1 : last_shell + 1]
-    largest = float(shells.max())
+    largest, shells = float(deviation[: last_shell + 1].max()), deviation[1 : last_shell + 1]
     return MIN_FACTOR * float(shells[shells > ROUND_OFF * largest].min()), MAX_FACTOR * largest
 
 

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ddpatch.model.layers import Gain
+
 
 class GeometricAttention(nn.Module):
     """Multi-head attention with a window of learned centre and range per head; the range varies with the noise level.
@@ -35,7 +37,8 @@ class GeometricAttention(nn.Module):
     def __init__(self, ndim: int, width: int, heads: int, embedding: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qk = nn.Linear(width, 2 * width, bias=False)
+        self.v = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width)
         self.sharpness = nn.Parameter(torch.zeros(heads))
         ranges = torch.logspace(0, 3, heads, base=2.0)
@@ -45,16 +48,18 @@ class GeometricAttention(nn.Module):
         nn.init.zeros_(self.range_of_noise.weight)
         nn.init.zeros_(self.range_of_noise.bias)
 
-    def forward(self, x: Tensor, embedding: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, normed: Tensor, embedding: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
         """Attend.
 
         Arguments:
-            x: Tokens, with shape ``[sample, token, width]``.
+            x: Tokens, with shape ``[sample, token, width]``: the values are linear in them.
+            normed: The normalised tokens, of the same shape: what queries and keys are made of.
             embedding: Shape ``[sample, embedding]``.
             places: Token coordinates in token spacings, with shape ``[token, axis]``.
             lengths: Length of each axis before it closes, in token spacings, with shape ``[axis]``.
         """
-        q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.heads)
+        q, k = rearrange(self.qk(normed), "b n (two h c) -> two b h n c", two=2, h=self.heads)
+        v = rearrange(self.v(x), "b n (h c) -> b h n c", h=self.heads)
         scale = self.sharpness.exp()[:, None, None] * math.sqrt(q.shape[-1])
         where_q, where_k = self._windows(embedding, places, lengths)
         q = torch.cat([F.normalize(q, dim=-1) * scale, where_q], dim=-1)
@@ -89,7 +94,7 @@ class CoarseBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
         """Map tokens ``[sample, token, width]`` to the same shape."""
         scale1, shift1, scale2, shift2 = self.modulation(embedding)[:, None].chunk(4, dim=-1)
-        x = x + self.attention(self.norm1(x) * (1 + scale1) + shift1, embedding, places, lengths)
+        x = x + self.attention(x, self.norm1(x) * (1 + scale1) + shift1, embedding, places, lengths)
         return x + self.perceptron(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -108,7 +113,7 @@ class CoarseTransformer(nn.Module):
         super().__init__()
         self.enter = nn.Linear(inputs, width)
         self.blocks = nn.ModuleList(CoarseBlock(ndim, width, heads, embedding) for _ in range(layers))
-        self.leave = nn.LayerNorm(width)
+        self.gain = Gain(width, embedding)
 
     def forward(self, tokens: Tensor, embedding: Tensor, places: Tensor, lengths: Sequence[float]) -> Tensor:
         """Couple all tokens.
@@ -125,4 +130,4 @@ class CoarseTransformer(nn.Module):
         x, closes = self.enter(tokens), torch.tensor(lengths, dtype=places.dtype, device=places.device)
         for block in self.blocks:
             x = block(x, embedding, places, closes)
-        return self.leave(x)
+        return self.gain(x.transpose(1, 2), embedding).transpose(1, 2)

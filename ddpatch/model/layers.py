@@ -57,6 +57,25 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + h
 
 
+class Gain(nn.Module):
+    """x → (1 + g(σ)) x with one gain per channel, 1 at first.
+
+    Arguments:
+        channels: Number of channels.
+        embedding: Width of the embedding.
+    """
+
+    def __init__(self, channels: int, embedding: int) -> None:
+        super().__init__()
+        self.gain = nn.Linear(embedding, channels)
+        nn.init.zeros_(self.gain.weight)
+        nn.init.zeros_(self.gain.bias)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """Scale ``[batch, channel, *points]`` by ``[batch, embedding]``."""
+        return x * (1 + self.gain(embedding)).view(*x.shape[:2], *(1,) * (x.ndim - 2))
+
+
 class NoiseEmbedding(nn.Module):
     """Features of the noise level: a two-layer perceptron on cos and sin of c_noise = ln(σ)/4 at log-spaced frequencies.
 

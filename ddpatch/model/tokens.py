@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from ddpatch.model.layers import CONV
 class Restriction(nn.Module):
     """q^d tokens per patch: compressed latent features, and the block means of the patch itself.
 
-    The block means let the coarse level see the field at high noise, where the mean over a token's cell has far less noise than
-    a point.
+    The block means let the coarse level see the field at high noise, where the mean over the m points of a token's cell has far
+    less noise than a point. They are scaled to about unit variance, by sqrt((1 + σ²) / (1 + σ²/m)).
 
     Arguments:
         ndim: 2 or 3.
@@ -33,18 +34,22 @@ class Restriction(nn.Module):
         self.shape = (tokens,) * ndim
         self.compress = CONV[ndim](latent, features, 1)
 
-    def forward(self, latent: Tensor, patch: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, patches: Tensor, sigma: Tensor) -> Tensor:
         """Restrict.
 
         Arguments:
-            latent: Shape ``[batch, latent, *latent_shape]``.
-            patch: Shape ``[batch, channel, *patch_shape]``.
+            latent: Shape ``[sample * patch, latent, *latent_shape]``.
+            patches: The scaled field c_in x, with shape ``[sample, patch, channel, *patch_shape]``.
+            sigma: Shape ``[sample]``.
 
         Returns:
-            Shape ``[batch, q^d, features + channel]``.
+            Shape ``[sample, patch, q^d, features + channel]``.
         """
-        features = _pool(self.compress(latent), self.shape)
-        return torch.cat([features, _pool(patch, self.shape)], dim=1).flatten(2).transpose(1, 2)
+        features = _pool(self.compress(latent), self.shape).unflatten(0, patches.shape[:2])
+        means = _pool(patches.flatten(0, 1), self.shape).unflatten(0, patches.shape[:2])
+        square, cell = sigma.square(), math.prod(patches.shape[3:]) / math.prod(self.shape)
+        scale = ((1 + square) / (1 + square / cell)).sqrt().view(-1, *(1,) * (patches.ndim - 1))
+        return torch.cat([features, means * scale], dim=2).flatten(3).transpose(2, 3)
 
 
 class Prolongation(nn.Module):

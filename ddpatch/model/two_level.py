@@ -54,7 +54,7 @@ class TwoLevelModel(nn.Module):
         widths, embedding = config.channels, 4 * config.channels[0]
         extra = num_coordinate_features(self.periodic, config.positions)
         self.embed = NoiseEmbedding(embedding)
-        self.encoder = Encoder(ndim, channels + extra, widths, config.blocks, config.halo, embedding)
+        self.encoder = Encoder(ndim, channels, extra, widths, config.blocks, config.halo, embedding)
         self.decoder = Decoder(ndim, channels, widths, config.blocks, embedding)
         self.bottleneck = ResidualBlock(ndim, widths[-1], widths[-1], embedding)
         if config.coarse_layers:
@@ -75,34 +75,28 @@ class TwoLevelModel(nn.Module):
 
         Arguments:
             x: Scaled noisy patches c_in x_t, with shape ``[sample, local patch, channel, *patch_shape]``.
-            noise: c_noise, one value per sample shared by all its patches, with shape ``[sample]``.
+            noise: c_noise = ln(σ)/4, one value per sample shared by all its patches, with shape ``[sample]``.
             coupling: How to reach other patches.
 
         Returns:
             Shape of ``x``.
         """
-        local = x.shape[1]
-        embedding = self.embed(noise)
-        repeated = embedding.repeat_interleave(local, dim=0)
-        latent, skips = self.encoder(self._windows(x, coupling), repeated)
+        sigma, embedding = (4 * noise).exp(), self.embed(noise)
+        repeated = embedding.repeat_interleave(x.shape[1], dim=0)
+        place = coordinate_features(coupling.decomposition, coupling.patches, self.config.halo, self.config.positions)
+        latent, skips = self.encoder(coupling.halo(x), place.to(x), sigma, repeated)
         if self.config.coarse_layers:
-            into_latent, into_fine = self._couple(latent, x, embedding, coupling)
+            into_latent, into_fine = self._couple(latent, x, sigma, embedding, coupling)
         else:
             into_latent, into_fine = torch.zeros_like(latent), latent.new_zeros(())
         latent = self.bottleneck(latent + into_latent, repeated)
         return self.decoder(latent, skips, repeated, into_fine).unflatten(0, x.shape[:2])
 
-    def _windows(self, x: Tensor, coupling: Coupling) -> Tensor:
-        """Encoder input: the halo's windows, with the coordinates of their points. Shape ``[sample * patch, ...]``."""
-        windows = coupling.halo(x)
-        features = coordinate_features(coupling.decomposition, coupling.patches, self.config.halo, self.config.positions).to(x)
-        return torch.cat([windows, features.expand(len(x), -1, -1, *windows.shape[3:])], dim=2).flatten(0, 1)
-
-    def _couple(self, latent: Tensor, x: Tensor, embedding: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+    def _couple(self, latent: Tensor, x: Tensor, sigma: Tensor, embedding: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
         """Restrict, gather, transform, prolong: contributions to the latent and to the finest decoder stage."""
         decomposition, q, ndim = coupling.decomposition, self.config.tokens, len(self.periodic)
         check_tokens(decomposition.patch_shape, q, len(self.config.channels))
-        own = self.restriction(latent, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        own = self.restriction(latent, x, sigma)
         canvas = to_canvas(coupling.gather(own), decomposition.patch_grid, q)
         grid = canvas.shape[1:-1]
         tokens = torch.cat([canvas, self._token_features(decomposition).to(x).expand(len(x), *grid, -1)], dim=-1)

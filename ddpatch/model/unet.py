@@ -1,4 +1,9 @@
-"""The fine level: a U-Net that runs on one patch at a time, with weights that all patches share."""
+"""The fine level: a U-Net that runs on one patch at a time, with weights that all patches share.
+
+Blocks are residual, merges are linear, and there is no norm before the output, so that a path leads from the input through every
+level to the output that is linear in the field, with gains that depend on σ: a multilevel Wiener filter, which the blocks
+correct. Where the signal is strong in few modes, a network without that path spends its training on reproducing amplitudes.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +14,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.model.layers import CONV, CONV_TRANSPOSE, PointNorm, ResidualBlock
+from ddpatch.model.layers import CONV, CONV_TRANSPOSE, Gain, ResidualBlock
+from ddpatch.model.stencil import StencilConvolution
 
 
 class Stem(nn.Module):
     """The first convolutions, on the window. With halo δ they are δ unpadded 3^d convolutions, which use up the halo exactly.
 
+    The first is linear, on whitened stencils; the others are residual: h → crop(h) + conv(silu(h)).
+
     Arguments:
         ndim: 2 or 3.
-        inputs, outputs: Channels.
+        inputs: Channels of the field.
+        features: Channels of coordinates.
+        outputs: Channels of the result.
         halo: Width δ in points; 0 stands for one convolution padded with zeros.
     """
 
-    def __init__(self, ndim: int, inputs: int, outputs: int, halo: int) -> None:
+    def __init__(self, ndim: int, inputs: int, features: int, outputs: int, halo: int) -> None:
         super().__init__()
-        widths = [inputs] + [outputs] * max(1, halo)
-        self.layers = nn.ModuleList(CONV[ndim](i, o, 3, padding=0 if halo else 1) for i, o in pairwise(widths))
+        self.margin = 0 if halo else 1
+        self.stencil = StencilConvolution(ndim, inputs, outputs)
+        self.place = CONV[ndim](features, outputs, 1, bias=False) if features else None
+        self.layers = nn.ModuleList(CONV[ndim](outputs, outputs, 3) for _ in range(halo - 1))
 
-    def forward(self, window: Tensor) -> Tensor:
-        """Map windows ``[batch, inputs, *(patch_shape + 2 δ)]`` to ``[batch, outputs, *patch_shape]``."""
-        h = self.layers[0](window)
-        for layer in list(self.layers)[1:]:
-            h = layer(F.silu(h))
+    def forward(self, windows: Tensor, coordinates: Tensor, sigma: Tensor) -> Tensor:
+        """Map windows ``[sample, patch, inputs, *(patch_shape + 2 δ)]`` to ``[sample * patch, outputs, *patch_shape]``.
+
+        Arguments:
+            windows: The scaled field c_in x.
+            coordinates: Shape ``[patch, features, *(patch_shape + 2 δ)]``.
+            sigma: Shape ``[sample]``.
+        """
+        pad, samples = [self.margin] * 2 * (windows.ndim - 3), len(windows)
+        h = self.stencil(F.pad(windows, pad), sigma)
+        if self.place is not None:
+            h = h + crop(self.place(F.pad(coordinates, pad)), 1).repeat(samples, *(1,) * (h.ndim - 1))
+        for layer in self.layers:
+            h = crop(h, 1) + layer(F.silu(h))
         return h
 
 
@@ -39,28 +60,37 @@ class Encoder(nn.Module):
 
     Arguments:
         ndim: 2 or 3.
-        inputs: Channels of the window.
+        inputs: Channels of the field.
+        features: Channels of coordinates.
         channels: Channels per level, finest first.
         blocks: Residual blocks per level.
         halo: Width δ of the window's halo.
         embedding: Width of the noise embedding.
     """
 
-    def __init__(self, ndim: int, inputs: int, channels: Sequence[int], blocks: int, halo: int, embedding: int) -> None:
+    def __init__(
+        self, ndim: int, inputs: int, features: int, channels: Sequence[int], blocks: int, halo: int, embedding: int
+    ) -> None:
         super().__init__()
-        self.stem = Stem(ndim, inputs, channels[0], halo)
+        self.stem = Stem(ndim, inputs, features, channels[0], halo)
         self.levels = nn.ModuleList(
             nn.ModuleList(ResidualBlock(ndim, width, width, embedding) for _ in range(blocks)) for width in channels
         )
         self.downs = nn.ModuleList(CONV[ndim](fine, coarse, 2, stride=2) for fine, coarse in pairwise(channels))
 
-    def forward(self, window: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Encode windows ``[batch, inputs, *(patch_shape + 2 δ)]``.
+    def forward(self, windows: Tensor, coordinates: Tensor, sigma: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Encode windows; a batch is all patches of all samples.
+
+        Arguments:
+            windows: The scaled field c_in x, with shape ``[sample, patch, inputs, *(patch_shape + 2 δ)]``.
+            coordinates: Shape ``[patch, features, *(patch_shape + 2 δ)]``.
+            sigma: Shape ``[sample]``.
+            embedding: Shape ``[batch, embedding]``.
 
         Returns:
             The latent ``[batch, channels[-1], *latent_shape]`` and the skips of all finer levels, finest first.
         """
-        h, skips = self.stem(window), []
+        h, skips = self.stem(windows, coordinates, sigma), []
         for i, level in enumerate(self.levels):
             for block in _modules(level):
                 h = block(h, embedding)
@@ -86,11 +116,12 @@ class Decoder(nn.Module):
         conv = CONV[ndim]
         pairs = list(pairwise(channels))
         self.ups = nn.ModuleList(CONV_TRANSPOSE[ndim](coarse, fine, 2, stride=2) for fine, coarse in pairs)
+        self.gains = nn.ModuleList(Gain(2 * fine, embedding) for fine, _ in pairs)
         self.merges = nn.ModuleList(conv(2 * fine, fine, 1) for fine, _ in pairs)
         self.levels = nn.ModuleList(
             nn.ModuleList(ResidualBlock(ndim, width, width, embedding) for _ in range(blocks)) for width in channels
         )
-        self.norm = PointNorm(channels[0])
+        self.gain = Gain(channels[0], embedding)
         self.out = conv(channels[0], outputs, 1)
         nn.init.zeros_(self.out.weight)
 
@@ -109,12 +140,19 @@ class Decoder(nn.Module):
         h = latent
         for i in reversed(range(len(self.levels))):
             if i < len(self.ups):
-                h = self.merges[i](torch.cat([self.ups[i](h), skips[i]], dim=1))
+                h = self.merges[i](self.gains[i](torch.cat([self.ups[i](h), skips[i]], dim=1), embedding))
             if i == 0:
                 h = h + fine
             for block in _modules(self.levels[i]):
                 h = block(h, embedding)
-        return self.out(F.silu(self.norm(h)))
+        return self.out(self.gain(h, embedding))
+
+
+def crop(x: Tensor, width: int) -> Tensor:
+    """Take ``width`` points off every side of ``[batch, channel, *points]``."""
+    for axis in range(2, x.ndim):
+        x = x.narrow(axis, width, x.shape[axis] - 2 * width)
+    return x
 
 
 def _modules(level: nn.Module) -> list[nn.Module]:

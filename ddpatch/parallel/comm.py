@@ -264,17 +264,20 @@ def start_mpi() -> None:
     Raises:
         UserError: if the launcher started several processes that do not see each other.
     """
-    if MPI.Is_initialized():
-        return
     library = mpi_library()
-    for variable, (launcher, family) in LAUNCHERS.items():
-        if family and int(os.environ.get(variable, 1)) > 1 and family not in library:
-            raise UserError(_foreign(launcher, int(os.environ[variable]), library))
-    MPI.Init_thread()
+    if not MPI.Is_initialized():  # a parallel h5py may have done it
+        for variable, (launcher, family) in LAUNCHERS.items():
+            if family and _asked(variable) > 1 and family not in library:
+                raise UserError(_foreign(launcher, _asked(variable), library))
+        MPI.Init_thread()
     for variable, (launcher, _) in LAUNCHERS.items():
-        asked = int(os.environ.get(variable, 1))
-        if asked > 1 and MPI.COMM_WORLD.size == 1:
-            raise UserError(_foreign(launcher, asked, library))
+        if _asked(variable) > 1 and MPI.COMM_WORLD.size == 1:
+            raise UserError(_foreign(launcher, _asked(variable), library))
+
+
+def _asked(variable: str) -> int:
+    text = os.environ.get(variable, "")
+    return int(text) if text.isdigit() else 1
 
 
 def _foreign(launcher: str, asked: int, library: str) -> str:

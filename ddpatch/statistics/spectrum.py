@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -116,6 +117,18 @@ def hann(points: int) -> Tensor:
     return window / window.square().mean().sqrt()
 
 
+class ModeSpectrum(NamedTuple):
+    """What :func:`mode_deviation` finds, both with shape ``[shell]``.
+
+    Attributes:
+        deviation: Standard deviation s of an orthonormal Fourier mode.
+        modes: Number of modes.
+    """
+
+    deviation: Tensor
+    modes: Tensor
+
+
 def mode_deviation(
     file: Fields,
     samples: Sequence[int],
@@ -123,7 +136,7 @@ def mode_deviation(
     grid: Sequence[int] | None = None,
     mean: np.ndarray | None = None,
     std: np.ndarray | None = None,
-) -> Tensor:
+) -> ModeSpectrum:
     """The standard deviation of an orthonormal Fourier mode of the (normalised) fields, by shell. Collective.
 
         s(k) = sqrt(<|x̂|²>),   x̂ = fftn((u - mean) / std, norm="ortho"),
@@ -137,16 +150,18 @@ def mode_deviation(
         comm: The ranks that share the transform; any number.
         grid: Points of the box to take from the start of each sample. Default: the whole grid. An axis that is cut is not
             periodic and gets a Hann window.
-        mean, std: What the data are normalised with, each with shape ``[channel]``. Default: 0 and 1. A mean that is the same
-            everywhere changes the excluded mode k = 0 only, and is accepted for the sake of the callers.
+        mean, std: What the data are normalised with, each with shape ``[channel]``: mean and standard deviation over these
+            samples. Default: 0 and 1.
 
     Returns:
-        s with shape ``[shell]``, shells in units of the smallest wave number; s(0) = 0, and 0 where a shell has no mode.
+        s and the number of modes, by shell, in units of the smallest wave number; 0 where a shell has no mode. s(0) is that
+        of the mean over the grid, which a window removes.
     """
     crops = Crops(file, tuple(file.header.grid_shape if grid is None else grid))
     header = crops.header
     spectrum = Spectrum(header.grid_shape, header.spacing, header.periodic, comm)
     scales = np.ones(len(header.channels)) if std is None else np.asarray(std, dtype=np.float64)
+    offsets = np.zeros(len(header.channels)) if mean is None or not all(header.periodic) else np.asarray(mean) / scales
     total = torch.zeros(spectrum.shells, dtype=torch.float64)
     for sample in samples:
         for channel, scale in enumerate(scales):
@@ -154,6 +169,5 @@ def mode_deviation(
             total += spectrum.shell_sums(mode.abs() ** 2) / float(scale) ** 2
     total = comm.allreduce_(total) * math.prod(header.grid_shape) / (len(samples) * len(header.channels))
     modes = comm.allreduce_(spectrum.shell_sums(torch.ones(spectrum.shell.shape, dtype=torch.float64)))
-    deviation = torch.where(modes > 0, total / modes.clamp(min=1), 0.0).sqrt()
-    deviation[0] = 0.0
-    return deviation
+    total[0] -= math.prod(header.grid_shape) * float(np.square(offsets).mean())
+    return ModeSpectrum((total.clamp(min=0) / modes.clamp(min=1)).sqrt(), modes)

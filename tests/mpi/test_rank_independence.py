@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import cut, random_field, small_config, write_fields
+from problems import cut, random_field, small_config, unit_field, write_fields
 
 from ddpatch.config import Config
 from ddpatch.data.fields import FieldFile
@@ -32,7 +32,7 @@ def test_output_and_gradients_equal_the_serial_ones(
     for ranks in (alone, comm):
         decomposition = Decomposition(grid, patch, ranks.size, periodic)
         exchange = Exchange(decomposition, ranks, 2)
-        model = make_model(config, 2)
+        model = make_model(config, unit_field(2, len(grid)))
         for i, parameter in enumerate(model.parameters()):
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
         x = cut(random_field(2, 2, grid), decomposition, exchange.patches).requires_grad_()
@@ -122,7 +122,7 @@ def test_a_deterministic_run_repeats_bit_for_bit(comm: Communicator, shared_path
 def test_an_evaluation_sends_a_halo_and_tokens_and_nothing_else(comm: Communicator, shared_path: Path) -> None:
     decomposition = Decomposition((16, 24), (8, 8), comm.size)
     config = small_config(Path("none"), domain={"patch": [8, 8], "grid": [16, 24], "periodic": [True, True]})
-    exchange, model = Exchange(decomposition, comm, 2), make_model(config, 2)
+    exchange, model = Exchange(decomposition, comm, 2), make_model(config, unit_field(2, 2))
     with torch.no_grad():
         model(cut(random_field(1, 2, (16, 24)), decomposition, exchange.patches), torch.zeros(1, dtype=torch.float64), exchange)
     assert comm.calls == {"halo": 1, "allgather": 1}
