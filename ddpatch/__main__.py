@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,6 +97,7 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
 def evaluate(args: argparse.Namespace, comm: Communicator) -> None:
     """Compare samples with a reference."""
     from ddpatch.evaluate import evaluate as run
+    from ddpatch.statistics.report import summary
 
     metrics = run(
         args.samples,
@@ -113,7 +113,7 @@ def evaluate(args: argparse.Namespace, comm: Communicator) -> None:
         args.limit,
     )
     if comm.rank == 0:
-        print(json.dumps(metrics["headline"], indent=1))
+        print(summary(metrics))
         print(f"report: {args.output / 'report.html'}")
 
 

@@ -28,6 +28,7 @@ from ddpatch.random import Stream, generator
 from ddpatch.statistics.spectrum import mode_deviation
 
 FREE_TO_CHANGE: dict[str, set[str] | None] = {  # None: every key of the section
+    "data": {"path"},
     "train": {"steps", "log_every", "checkpoint_every"},
     "sample": None,
     "output": None,

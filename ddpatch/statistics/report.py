@@ -78,6 +78,15 @@ figcaption {{ font-size: .9rem; margin-top: .4rem; }}
 """
 
 
+def summary(metrics: dict[str, Any]) -> str:
+    """The headline as a table of text: every figure, the reference's own where it has one, and the noise floor."""
+    lines = [f"{'figure':<34}{'generated':>11}{'reference':>11}{'floor':>11}"]
+    for key, entry in metrics["headline"].items():
+        cells = (entry.get(column) for column in ("value", "reference", "floor"))
+        lines.append(f"{FIGURES[key][0]:<34}" + "".join(f"{'' if cell is None else format(cell, '.3g'):>11}" for cell in cells))
+    return "\n".join(lines)
+
+
 def write_report(
     folder: Path,
     metrics: dict[str, Any],

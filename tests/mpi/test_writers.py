@@ -15,8 +15,12 @@ import xarray
 from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
+from ddpatch.io.gather import GatherWriter
+from ddpatch.io.mpio import MpioWriter
+from ddpatch.io.virtual import VirtualWriter
 from ddpatch.io.volume import VolumeHeader
-from ddpatch.io.writers import WRITERS, GatherWriter, MpioWriter, VirtualWriter, VolumeWriter, open_writer
+from ddpatch.io.writer import VolumeWriter
+from ddpatch.io.writers import WRITERS, open_writer
 from ddpatch.parallel.comm import Communicator
 
 GRIDS = [((6, 4, 10), (2, 2, 5)), ((9, 12), (3, 4))]  # 3 x 2 x 2 and 3 x 3 patches
