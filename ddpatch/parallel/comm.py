@@ -59,8 +59,6 @@ class Communicator:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.seconds = 0.0
-        if self.size > 1:
-            sys.excepthook = self._abort_hook
 
     def split(self, color: int) -> Communicator:
         """The communicator of the ranks that pass the same color. Collective."""
@@ -220,16 +218,11 @@ class Communicator:
         while not request.Test():
             if time.monotonic() > deadline:
                 print(f"{line} (rank {self.rank})", file=sys.stderr, flush=True)
-                self._comm.Abort(2)
+                MPI.COMM_WORLD.Abort(2)
             time.sleep(0.01)
         if self.rank == 0:
             print(line, file=sys.stderr, flush=True)
         return 2
-
-    def _abort_hook(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        text = "".join(traceback.format_exception(kind, error, trace))
-        print(f"rank {self.rank} of {self.size} failed:\n{text}", file=sys.stderr, flush=True)
-        self._comm.Abort(1)
 
     @contextmanager
     def _counted(self, kind: str, sent: int) -> Iterator[None]:
@@ -270,9 +263,18 @@ def start_mpi() -> None:
             if family and _asked(variable) > 1 and family not in library:
                 raise UserError(_foreign(launcher, _asked(variable), library))
         MPI.Init_thread()
+    if MPI.COMM_WORLD.size > 1:
+        sys.excepthook = end_job
     for variable, (launcher, _) in LAUNCHERS.items():
         if _asked(variable) > 1 and MPI.COMM_WORLD.size == 1:
             raise UserError(_foreign(launcher, _asked(variable), library))
+
+
+def end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The excepthook of a job of several ranks: print this rank's traceback and end all of them."""
+    everyone, text = MPI.COMM_WORLD, "".join(traceback.format_exception(kind, error, trace))
+    print(f"rank {everyone.rank} of {everyone.size} failed:\n{text}", file=sys.stderr, flush=True)
+    everyone.Abort(1)
 
 
 def _asked(variable: str) -> int:
