@@ -9,8 +9,9 @@ from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.coarse import GeometricAttention
+from ddpatch.model.layers import refine
 from ddpatch.model.stencil import StencilConvolution
-from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, frame, interpolation, to_canvas, token_places
+from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, interpolation, to_canvas, token_places
 from ddpatch.model.two_level import TwoLevelModel
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
@@ -140,22 +141,29 @@ def test_restriction_carries_block_means() -> None:
 
 
 @pytest.mark.parametrize("periodic", [(True, True), (False, True), (False, False)])
-def test_prolongation_is_linear_interpolation_across_borders(periodic: tuple[bool, bool]) -> None:
-    decomposition = Decomposition((16, 24), (8, 8), 1, periodic)
-    prolongation = Prolongation(2, width=3, latent=1, fine=3).double()
-    prolongation.to_fine.weight.data.copy_(torch.eye(3))
-    prolongation.to_fine.bias.data.zero_()
-    canvas = random_field(2, 3, (4, 6)).movedim(1, -1)
-    fine = join(prolongation.fine(canvas, decomposition, range(6)), decomposition)
-    framed = frame(canvas.movedim(-1, 1), periodic)
-    whole = torch.nn.functional.interpolate(framed, scale_factor=4, mode="bilinear", align_corners=False)[..., 4:-4, 4:-4]
-    torch.testing.assert_close(fine, whole)
+def test_prolongation_does_not_see_patch_borders(periodic: tuple[bool, bool]) -> None:
+    """Interpolated patch by patch or on the whole canvas, tokens give the same field."""
+    prolongation, canvas = Prolongation(2, width=3, latent=1, fine=2).double(), random_field(2, 3, (4, 6)).movedim(1, -1)
+    fields = []
+    for patch in ((8, 8), (16, 24)):
+        decomposition = Decomposition((16, 24), patch, 1, periodic)
+        fields.append(join(prolongation.fine(canvas, decomposition, range(decomposition.num_patches)), decomposition))
+    torch.testing.assert_close(fields[0], fields[1])
+    assert fields[0].shape == (2, 2, 16, 24)
 
 
 def test_interpolation_reproduces_linear_functions() -> None:
     centres = torch.arange(-1, 5, dtype=torch.float64) + 0.5
     points = (torch.arange(16, dtype=torch.float64) + 0.5) / 4
     torch.testing.assert_close((2 * centres - 3) @ interpolation(4, 4), 2 * points - 3)
+    torch.testing.assert_close(interpolation(4, 4).sum(0), torch.ones(16, dtype=torch.float64))
+
+
+def test_refinement_reproduces_linear_functions_up_to_the_rim() -> None:
+    y, x = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
+    fine_y, fine_x = torch.meshgrid(torch.arange(8.0) / 2 - 0.25, torch.arange(12.0) / 2 - 0.25, indexing="ij")
+    torch.testing.assert_close(refine((3 * y - x)[None, None]), (3 * fine_y - fine_x)[None, None])
+    torch.testing.assert_close(refine(torch.full((1, 1, 1, 1), 2.0)), torch.full((1, 1, 2, 2), 2.0))
 
 
 def test_tokens_are_where_their_places_say() -> None:

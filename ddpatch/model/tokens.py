@@ -53,7 +53,7 @@ class Restriction(nn.Module):
 
 
 class Prolongation(nn.Module):
-    """Tokens to points: piecewise constant at the latent's resolution, and linear across patch borders at the finest one.
+    """Tokens to points: piecewise constant at the latent's resolution, and smooth across patch borders at the finest one.
 
     Arguments:
         ndim: 2 or 3.
@@ -70,7 +70,7 @@ class Prolongation(nn.Module):
         return _pool(self.to_latent(own).movedim(-1, 1), shape)
 
     def fine(self, canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]) -> Tensor:
-        """Interpolate linearly between token centres, through the neighbours' tokens.
+        """Interpolate between token centres, through the neighbours' tokens.
 
         Arguments:
             canvas: All tokens in place, with shape ``[sample, *token_grid, width]``.
@@ -89,7 +89,10 @@ class Prolongation(nn.Module):
 
 
 def interpolation(q: int, cell: int) -> Tensor:
-    """Linear interpolation along one axis from q token centres and one neighbour on either side to the q * cell points between.
+    """Quadratic B-splines of q tokens and one neighbour on either side, at the q * cell points between, along one axis.
+
+    A point at distance t from the nearest token centre, in token spacings, weighs it with 3/4 - t², and the two beside it with
+    (1/2 ± t)² / 2. Unlike linear interpolation this has no kinks at the token centres; linear functions are reproduced.
 
     Arguments:
         q: Tokens of the patch along the axis.
@@ -100,7 +103,7 @@ def interpolation(q: int, cell: int) -> Tensor:
     """
     points = (torch.arange(q * cell, dtype=torch.float64) + 0.5) / cell + 0.5
     distance = (points[None] - torch.arange(q + 2, dtype=torch.float64)[:, None]).abs()
-    return (1 - distance).clamp(min=0)
+    return torch.where(distance < 0.5, 0.75 - distance.square(), (1.5 - distance).clamp(min=0).square() / 2)
 
 
 def frame(canvas: Tensor, periodic: Sequence[bool]) -> Tensor:

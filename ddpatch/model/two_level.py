@@ -12,12 +12,10 @@ from torch import Tensor, nn
 from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.model.coarse import CoarseTransformer
-from ddpatch.model.layers import NoiseEmbedding, ResidualBlock
+from ddpatch.model.layers import CHANNELS_LAST, NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
 from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, own_boxes, to_canvas, token_places
 from ddpatch.model.unet import Decoder, Encoder
-
-CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 class Coupling(Protocol):

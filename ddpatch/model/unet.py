@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.model.layers import CONV, CONV_TRANSPOSE, Gain, ResidualBlock
+from ddpatch.model.layers import CONV, Gain, ResidualBlock, refine
 from ddpatch.model.stencil import StencilConvolution
 
 
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Per level, coarsest first: residual blocks on the merged features, and a 2^d unmerging to the next finer level.
+    """Per level, coarsest first: residual blocks on the merged features, and linear interpolation to the next finer level.
 
     Arguments:
         ndim: 2 or 3.
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         super().__init__()
         conv = CONV[ndim]
         pairs = list(pairwise(channels))
-        self.ups = nn.ModuleList(CONV_TRANSPOSE[ndim](coarse, fine, 2, stride=2) for fine, coarse in pairs)
+        self.ups = nn.ModuleList(conv(coarse, fine, 1) for fine, coarse in pairs)
         self.gains = nn.ModuleList(Gain(2 * fine, embedding) for fine, _ in pairs)
         self.merges = nn.ModuleList(conv(2 * fine, fine, 1) for fine, _ in pairs)
         self.levels = nn.ModuleList(
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         h = latent
         for i in reversed(range(len(self.levels))):
             if i < len(self.ups):
-                h = self.merges[i](self.gains[i](torch.cat([self.ups[i](h), skips[i]], dim=1), embedding))
+                h = self.merges[i](self.gains[i](torch.cat([refine(self.ups[i](h)), skips[i]], dim=1), embedding))
             if i == 0:
                 h = h + fine
             for block in _modules(self.levels[i]):
