@@ -67,6 +67,7 @@ def train(args: argparse.Namespace, comm: Communicator) -> None:
             )
 
         run(config, folder, comm, progress)
+        bar.update(config.train.steps - bar.n)
 
 
 def sample(args: argparse.Namespace, comm: Communicator) -> None:

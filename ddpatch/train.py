@@ -19,6 +19,7 @@ from ddpatch.data.fields import FieldFile
 from ddpatch.diffusion.average import AveragedModel
 from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.io import checkpoint
+from ddpatch.io.volume import replace_when_complete
 from ddpatch.parallel.collectives import Exchange, sum_gradients
 from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, generator, patch_noise
@@ -238,8 +239,8 @@ def peak_memory(device: torch.device) -> float:
 
 def start_folder(folder: Path, config: Config) -> None:
     """Make the folder of a run and write the resolved configuration into it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(config.as_yaml())
+    with replace_when_complete(folder / "config.yaml", overwrite=True) as temporary:
+        temporary.write_text(config.as_yaml())
 
 
 def _tensorboard(folder: Path) -> Any:
