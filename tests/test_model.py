@@ -184,7 +184,7 @@ def test_patches_that_do_not_fit_the_network_are_refused(patch: tuple[int, ...],
 
 
 def test_the_first_convolution_whitens_stencils_at_every_noise_level() -> None:
-    """With weights that pick one principal component each, the outputs are uncorrelated and of unit variance."""
+    """With unit weights the outputs are uncorrelated and of unit variance, and do not depend on the basis of eigenvectors."""
     sigma = torch.tensor([0.05, 1.0, 20.0], dtype=torch.float64)
     fields = torch.from_numpy(smooth_fields(64, 1, (32, 32))).double()
     stencils = fields.unfold(2, 3, 1).unfold(3, 3, 1).reshape(-1, 9)

@@ -4,9 +4,10 @@ Physical fields are smooth: on a 3^d stencil almost all variance lies in a few c
 denoiser must find, noise in the others, reaches a plain network hundreds of times weaker than the field. Here every combination
 has unit variance at every noise level. With the stencil's covariance in the training data, C = V diag(λ) V^T, the kernel is
 
-    K(σ) = W diag((λ + σ²)^-1/2) V^T
+    K(σ) = W (C + σ² I)^-1/2 = W V diag((λ + σ²)^-1/2) V^T
 
-and W is trained: the same weights for all σ, on principal components that are normalised for each.
+and W is trained: the same weights for all σ, on stencils that are whitened for each. This square root is a smooth function of C,
+whichever basis V is found where a λ is repeated, so that round-off in C does not change the network.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class StencilConvolution(nn.Module):
         """K(σ) for inputs c_in x, with shapes ``[sample]`` and ``[sample, outputs, inputs, 3, (3,) 3]``."""
         square = sigma.square()[:, None]
         scale = ((1 + square) / (self.values + square)).sqrt()
-        return ((self.weight * scale[:, None]) @ self.vectors.T).unflatten(-1, self.shape)
+        return ((self.weight @ self.vectors * scale[:, None]) @ self.vectors.T).unflatten(-1, self.shape)
 
     def forward(self, windows: Tensor, sigma: Tensor) -> Tensor:
         """Convolve.
