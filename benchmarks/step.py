@@ -41,10 +41,10 @@ def measure(model: str, grid: int, steps: int) -> dict[str, float]:
     """Median seconds of a training step on this communicator's ranks. Collective."""
     comm = Communicator()
     torch.set_num_threads(1)
-    patch, layers = (grid, 0) if model == "monolith" else (grid // 2, 3)
+    patch, way = (grid, "halo") if model == "monolith" else (grid // 2, "two-level")
     domain = {"patch": [patch] * 3, "grid": [grid] * 3, "periodic": [True] * 3}
-    config = build({"domain": domain, "data": {"path": "none"}, "model": {"coarse_layers": layers}}, "benchmark")
-    exchange = Exchange(decompose(config, comm.size), comm, config.model.halo)
+    config = build({"domain": domain, "data": {"path": "none"}, "model": {"coupling": way}}, "benchmark")
+    exchange = Exchange(decompose(config, comm.size), comm, config.model.reach)
     size = 3 * 3**3
     stencil = tuple(tuple(float(i == j) for j in range(size)) for i in range(size))
     field = Field(("u", "v", "w"), (1.0,) * 3, Normalisation((0.0,) * 3, (1.0,) * 3), 0.01, 100.0, stencil, ((1.0,), (1.0,)))

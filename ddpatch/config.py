@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from ddpatch.couplings import COUPLINGS, Pathways
 from ddpatch.errors import UserError, nearest
 
 
@@ -57,13 +58,14 @@ class DataConfig:
 class ModelConfig:
     """The two-level network.
 
-    ``channels`` per level of the U-Net, finest first; ``blocks`` residual blocks per level and side; ``halo`` width in points;
-    ``tokens`` per axis and patch; ``token_channels`` latent features per token (what the allgather carries, besides block means);
-    ``coarse_*`` the vision transformer (``coarse_layers: 0`` uncouples the patches); ``positions`` Fourier modes of the physical
-    coordinates fed to the encoder and to the tokens (0 for homogeneous data); ``whiten`` puts the first convolution on stencils
-    whitened with the data's covariance (:mod:`ddpatch.model.stencil`).
+    ``coupling`` of the patches, one of :data:`ddpatch.couplings.COUPLINGS`; ``channels`` per level of the U-Net, finest first;
+    ``blocks`` residual blocks per level and side; ``halo`` width in points; ``tokens`` per axis and patch; ``token_channels``
+    latent features per token (what the allgather carries, besides block means); ``coarse_*`` the vision transformer;
+    ``positions`` Fourier modes of the physical coordinates fed to the encoder and to the tokens (0 for homogeneous data);
+    ``whiten`` puts the first convolution on stencils whitened with the data's covariance (:mod:`ddpatch.model.stencil`).
     """
 
+    coupling: str = "two-level"
     channels: tuple[int, ...] = (32, 64, 128)
     blocks: int = 1
     halo: int = 2
@@ -76,13 +78,25 @@ class ModelConfig:
     whiten: bool = True
 
     def __post_init__(self) -> None:
+        _one_of(self.coupling, tuple(COUPLINGS), "model.coupling")
         _require(len(self.channels) > 0 and min(self.channels) > 0, "model.channels", list(self.channels), "positive widths")
-        least_values = {"blocks": 1, "halo": 0, "tokens": 1, "token_channels": 1, "coarse_layers": 0, "positions": 0}
+        least_values = {"blocks": 1, "halo": 0, "tokens": 1, "token_channels": 1, "coarse_layers": 1, "positions": 0}
         for name, least in least_values.items():
             _require(getattr(self, name) >= least, f"model.{name}", getattr(self, name), f"{least} or more")
         heads, width = self.coarse_heads, self.coarse_width
         fits = heads > 0 and width % (2 * heads) == 0
         _require(fits, "model.coarse_width", width, f"a multiple of 2 × coarse_heads = {2 * heads}")
+        _require(not (self.paths.alone and self.positions), "model.positions", self.positions, "0 where patches have no place")
+
+    @property
+    def paths(self) -> Pathways:
+        """What couples the patches."""
+        return COUPLINGS[self.coupling]
+
+    @property
+    def reach(self) -> int:
+        """Width of the halo that is exchanged: 0 without one."""
+        return self.halo if self.paths.halo else 0
 
 
 @dataclass(frozen=True)
@@ -107,12 +121,14 @@ class DiffusionConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop. ``batch`` is the global number of samples per step; ``ema`` the half-life of the averaged weights in
-    samples; ``warmup``, ``log_every`` and ``checkpoint_every`` are in steps; ``dtype`` is ``float32`` or ``float64``.
+    samples; ``warmup``, ``log_every`` and ``checkpoint_every`` are in steps; ``optimiser`` is ``muon``
+    (:mod:`ddpatch.optimiser`) or ``adam``; ``dtype`` is ``float32`` or ``float64``.
     """
 
     steps: int = 10000
     batch: int = 4
-    learning_rate: float = 2e-3
+    optimiser: str = "muon"
+    learning_rate: float = 5e-3
     warmup: int = 100
     ema: float = 2000.0
     clip: float = 1.0
@@ -123,6 +139,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, ("float32", "float64"), "train.dtype")
+        _one_of(self.optimiser, ("muon", "adam"), "train.optimiser")
         for name in ("steps", "batch", "learning_rate", "ema", "clip", "log_every", "checkpoint_every"):
             _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a positive number")
         _require(self.warmup >= 0, "train.warmup", self.warmup, "0 or more steps")

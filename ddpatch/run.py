@@ -22,7 +22,8 @@ from ddpatch.diffusion.schedule import Schedule, sigma_range
 from ddpatch.diffusion.weighting import RelativeError, edm
 from ddpatch.errors import UserError
 from ddpatch.model.tokens import check_tokens
-from ddpatch.model.two_level import Coupling, TwoLevelModel
+from ddpatch.model.two_level import Coupling, OwnPatch, TwoLevelModel
+from ddpatch.optimiser import Muon
 from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, generator
 from ddpatch.statistics.spectrum import mode_deviation
@@ -81,9 +82,22 @@ def resolve(config: Config, file: FieldFile) -> Config:
     periodic = config.domain.periodic or tuple(c and not cut for c, cut in zip(closes, cropped, strict=False))
     domain = dataclasses.replace(config.domain, grid=grid, periodic=periodic)
     check_grid(file, grid, periodic)
+    if config.model.paths.whole:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=_tokens_of_whole(config, grid)))
+        domain = dataclasses.replace(domain, patch=grid)
     if config.data.holdout >= file.header.samples:
         raise UserError(f"data.holdout: {config.data.holdout} leaves none of the {file.header.samples} samples of {file.path}")
     return dataclasses.replace(config, domain=domain)
+
+
+def _tokens_of_whole(config: Config, grid: Sequence[int]) -> int:
+    """Tokens per axis of the whole grid as one patch, where every configured patch has ``model.tokens``."""
+    counts = {config.model.tokens * n // p for n, p in zip(grid, config.domain.patch, strict=True)}
+    if len(counts) > 1:
+        raise UserError(
+            f"model.coupling: full-domain needs as many patches on every axis, got {list(config.domain.patch)} in {list(grid)}"
+        )
+    return counts.pop()
 
 
 def measure_field(config: Config, file: FieldFile, comm: Communicator, most: int = 64) -> Field:
@@ -125,7 +139,8 @@ def make_model(config: Config, field: Field) -> TwoLevelModel:
     check_tokens(domain.patch, model.tokens, len(model.channels))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(config.train.seed, Stream.INIT).integers(2**62)))
-        network = TwoLevelModel(len(field.channels), len(domain.patch), model, domain.periodic).to(dtype(config))
+        periodic = (False,) * len(domain.patch) if model.paths.alone else domain.periodic
+        network = TwoLevelModel(len(field.channels), len(domain.patch), model, periodic).to(dtype(config))
     if model.whiten:
         network.encoder.stem.stencil.whiten(torch.tensor(field.stencil, dtype=torch.float64))
     return network
@@ -136,12 +151,25 @@ def dtype(config: Config) -> torch.dtype:
     return torch.float64 if config.train.dtype == "float64" else torch.float32
 
 
+def make_optimiser(config: Config, model: TwoLevelModel) -> torch.optim.Optimizer:
+    """The optimiser of all weights."""
+    if config.train.optimiser == "adam":
+        return torch.optim.Adam(model.parameters(), lr=config.train.learning_rate, betas=(0.9, 0.99))
+    return Muon(model.named_parameters(), config.train.learning_rate, adam=("embed.", "decoder.out.", ".centre"))
+
+
 def make_denoiser(config: Config, field: Field, model: TwoLevelModel, coupling: Coupling) -> Denoiser:
     """The denoiser of coupled patches, with the configured weighting of its loss."""
 
-    def network(x: Tensor, noise: Tensor) -> Tensor:
+    def coupled(x: Tensor, noise: Tensor) -> Tensor:
         return model(x, noise, coupling)
 
+    def alone(x: Tensor, noise: Tensor) -> Tensor:
+        fields = x.flatten(0, 1)[:, None]
+        return model(fields, noise.repeat_interleave(x.shape[1]), own).unflatten(0, x.shape[:2]).squeeze(2)
+
+    own = OwnPatch(config.domain.patch, config.model.reach)
+    network = alone if config.model.paths.alone else coupled
     return Denoiser(network, edm if config.diffusion.weighting == "edm" else RelativeError(*field.spectrum))
 
 

@@ -46,11 +46,15 @@ class Sampler:
         self.comm, self.device = comm, comm.place(self.config.parallel.device)
         if grid is not None and len(grid) != len(self.config.domain.patch):
             raise UserError(f"--grid {' '.join(map(str, grid))}: the run has {len(self.config.domain.patch)} axes")
+        if grid is not None and self.config.model.paths.whole and tuple(grid) != self.config.domain.patch:
+            raise UserError(
+                f"--grid {' '.join(map(str, grid))}: a full-domain model has the grid {list(self.config.domain.patch)}"
+            )
         self.decomposition = decompose(self.config, comm.size, grid)
-        self.coupling = Exchange(self.decomposition, comm, self.config.model.halo)
-        model = make_model(self.config, self.field)
-        checkpoint.restore_weights(model, state["ema"], path)
-        self.denoise = make_denoiser(self.config, self.field, model.to(self.device).eval(), self.coupling)
+        self.coupling = Exchange(self.decomposition, comm, self.config.model.reach)
+        self.model = make_model(self.config, self.field)
+        checkpoint.restore_weights(self.model, state["ema"], path)
+        self.denoise = make_denoiser(self.config, self.field, self.model.to(self.device).eval(), self.coupling)
 
     @torch.no_grad()
     def draw(self, samples: Sequence[int], seed: int, solver: str, steps: int, progress: Progress = lambda done: None) -> Tensor:

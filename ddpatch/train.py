@@ -30,6 +30,7 @@ from ddpatch.run import (
     dtype,
     make_denoiser,
     make_model,
+    make_optimiser,
     measure_field,
     resolve,
     training_samples,
@@ -54,10 +55,10 @@ class Training:
         self.config, self.field, self.comm = config, field, comm
         self.device = comm.place(config.parallel.device)
         self.decomposition = decompose(config, comm.size)
-        self.coupling = Exchange(self.decomposition, comm, config.model.halo)
+        self.coupling = Exchange(self.decomposition, comm, config.model.reach)
         self.model = make_model(config, field).to(self.device)
         self.average = AveragedModel(self.model, config.train.ema)
-        self.optimiser = torch.optim.Adam(self.model.parameters(), lr=config.train.learning_rate, betas=(0.9, 0.99))
+        self.optimiser = make_optimiser(config, self.model)
         self.denoiser = make_denoiser(config, field, self.model, self.coupling)
         self.batches = PatchBatches(
             file,

@@ -10,7 +10,7 @@ CONFIG=${CONFIG:-configs/demo.yaml}
 GRID=${GRID:-32}              # points per axis
 SAMPLES=${SAMPLES:-64}        # snapshots to train on
 REFERENCE=${REFERENCE:-32}    # snapshots to compare with, from other simulations
-STEPS=${STEPS:-1250}          # training steps
+STEPS=${STEPS:-1000}          # training steps
 COUNT=${COUNT:-16}            # samples to draw
 RANKS=${RANKS:-2}
 

@@ -11,8 +11,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ddpatch"
 FLOORS = [
-    ("errors", "config", "decomposition", "random"),
-    ("parallel.comm", "model", "diffusion"),
+    ("errors", "couplings", "config", "decomposition", "random"),
+    ("parallel.comm", "model", "diffusion", "optimiser"),
     ("parallel", "data", "io", "statistics"),
     ("run", "train", "sample", "simulate", "evaluate", "info"),
     ("__main__",),

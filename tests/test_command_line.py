@@ -138,7 +138,7 @@ def test_numbers_that_are_not_finite_are_located(
 
 def test_another_configuration_does_not_continue_a_run(run: Path, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = mistake(capsys, "train", config, "--run", run, "--set", "train.learning_rate=0.5")
-    assert "train.learning_rate = 0.002, the configuration has 0.5" in line
+    assert "train.learning_rate = 0.005, the configuration has 0.5" in line
 
 
 def test_existing_samples_are_not_replaced_unasked(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

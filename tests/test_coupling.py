@@ -31,9 +31,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def trained(data: Path, coarse_layers: int) -> Training:
+def trained(data: Path, coupling: str) -> Training:
     config = small_config(
-        data, "float32", model={"coarse_layers": coarse_layers}, train={"steps": STEPS, "batch": 8, "learning_rate": 1e-2}
+        data, "float32", model={"coupling": coupling}, train={"steps": STEPS, "batch": 8, "learning_rate": 1e-2}
     )
     with FieldFile(data) as file:
         config, comm = resolve(config, file), Communicator()
@@ -58,10 +58,10 @@ def response(training: Training) -> list[float]:
 
 def test_a_trained_model_hears_far_patches(data: Path) -> None:
     """Patches 2 and 3 are no neighbours of patch 0; unit data, so an effect of some hundredths is a real one."""
-    assert min(response(trained(data, coarse_layers=2))[2:4]) > 0.02
+    assert min(response(trained(data, "two-level"))[2:4]) > 0.02
 
 
 def test_without_the_coarse_level_it_hears_neighbours_only(data: Path) -> None:
-    change = response(trained(data, coarse_layers=0))
+    change = response(trained(data, "halo"))
     assert min(change[1], change[4]) > 0
     assert change[2:4] == [0.0, 0.0]

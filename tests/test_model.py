@@ -8,10 +8,10 @@ from torch import Tensor
 from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
-from ddpatch.model.coarse import GeometricAttention
+from ddpatch.model.coarse import GeometricAttention, token_places
 from ddpatch.model.layers import refine
 from ddpatch.model.stencil import StencilConvolution
-from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, interpolation, to_canvas, token_places
+from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, interpolation, to_canvas
 from ddpatch.model.two_level import TwoLevelModel
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
@@ -25,7 +25,7 @@ def make(decomposition: Decomposition, fields: int = 2, /, **changes: object) ->
     model = TwoLevelModel(fields, decomposition.ndim, config, decomposition.periodic).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return model, Exchange(decomposition, Communicator(), config.halo)
+    return model, Exchange(decomposition, Communicator(), config.reach)
 
 
 def evaluate(model: TwoLevelModel, exchange: Exchange, field: Tensor) -> Tensor:
@@ -109,8 +109,8 @@ def changed_patches(model: TwoLevelModel, exchange: Exchange, field: Tensor, pat
 def test_without_the_coarse_level_a_patch_reaches_its_neighbours_only() -> None:
     decomposition = Decomposition((40, 8), (8, 8))
     field = random_field(1, 2, (40, 8))
-    assert changed_patches(*make(decomposition, coarse_layers=0), field, 0) == {0, 1, 4}
-    assert changed_patches(*make(decomposition, coarse_layers=0, halo=0), field, 0) == {0}
+    assert changed_patches(*make(decomposition, coupling="halo"), field, 0) == {0, 1, 4}
+    assert changed_patches(*make(decomposition, coupling="none"), field, 0) == {0}
     assert changed_patches(*make(decomposition, halo=0), field, 0) == {0, 1, 2, 3, 4}
 
 
@@ -171,7 +171,9 @@ def test_tokens_are_where_their_places_say() -> None:
     decomposition = Decomposition((4, 6), (2, 2))
     where = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij"))[None] + 0.5
     tokens = cut(where, decomposition).flatten(3).transpose(2, 3)
-    torch.testing.assert_close(to_canvas(tokens, patch_grid, q).flatten(1, 2)[0].double(), token_places(patch_grid, q))
+    torch.testing.assert_close(
+        to_canvas(tokens, patch_grid, q).flatten(1, 2)[0].double(), token_places([n * q for n in patch_grid])
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,7 +203,7 @@ def test_the_first_convolution_whitens_stencils_at_every_noise_level() -> None:
 def test_without_blocks_the_fine_level_is_linear() -> None:
     """At first every block is the identity: what leads from input to output is a linear filter, for each noise level."""
     decomposition = Decomposition((16, 16), (8, 8))
-    config = ModelConfig(**{**SMALL, "coarse_layers": 0, "halo": 1})  # type: ignore[arg-type]
+    config = ModelConfig(**{**SMALL, "coupling": "halo", "halo": 1})  # type: ignore[arg-type]
     model = TwoLevelModel(2, 2, config, (True, True)).double()
     torch.nn.init.normal_(model.decoder.out.weight)
     exchange = Exchange(decomposition, Communicator(), 1)

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ddpatch.model.layers import Gain
+from ddpatch.model.layers import CONV, Gain, PointNorm
+from ddpatch.model.tokens import frame
 
 
 class GeometricAttention(nn.Module):
@@ -115,19 +117,52 @@ class CoarseTransformer(nn.Module):
         self.blocks = nn.ModuleList(CoarseBlock(ndim, width, heads, embedding) for _ in range(layers))
         self.gain = Gain(width, embedding)
 
-    def forward(self, tokens: Tensor, embedding: Tensor, places: Tensor, lengths: Sequence[float]) -> Tensor:
+    def forward(self, canvas: Tensor, embedding: Tensor, periodic: Sequence[bool]) -> Tensor:
         """Couple all tokens.
 
         Arguments:
-            tokens: Shape ``[sample, token, inputs]``.
+            canvas: Tokens in place, with shape ``[sample, *token_grid, inputs]``.
             embedding: Shape ``[sample, embedding]``.
-            places: Token coordinates in token spacings, with shape ``[token, axis]``.
-            lengths: Length of each axis before it closes, in token spacings.
+            periodic: Per axis.
 
         Returns:
-            Shape ``[sample, token, width]``.
+            Shape ``[sample, *token_grid, width]``.
         """
-        x, closes = self.enter(tokens), torch.tensor(lengths, dtype=places.dtype, device=places.device)
+        grid, x = canvas.shape[1:-1], self.enter(canvas.flatten(1, -2))
+        places = token_places(grid).to(x)
+        closes = places.new_tensor([n * (1.0 if wraps else 2.0) for n, wraps in zip(grid, periodic, strict=True)])
         for block in self.blocks:
             x = block(x, embedding, places, closes)
-        return self.gain(x.transpose(1, 2), embedding).transpose(1, 2)
+        return self.gain(x.transpose(1, 2), embedding).transpose(1, 2).unflatten(1, grid)
+
+
+class ConvolutionalCommunicator(nn.Module):
+    """The coarse level of DDU-Net: three 5^d convolutions over the tokens in place, which reach 6 tokens far.
+
+    Verburg, Heinlein, Cyr, IEEE Access 13, 2025; with the norm of this package instead of batch norm, whose statistics would be
+    another communication.
+
+    Arguments:
+        ndim: 2 or 3.
+        inputs, width: Features of a token as it arrives, and of the result.
+        layers: Number of convolutions.
+    """
+
+    def __init__(self, ndim: int, inputs: int, width: int, layers: int = 3) -> None:
+        super().__init__()
+        widths = [inputs] + [width] * layers
+        self.layers = nn.ModuleList(CONV[ndim](a, b, 5) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(PointNorm(width) for _ in range(layers))
+
+    def forward(self, canvas: Tensor, embedding: Tensor, periodic: Sequence[bool]) -> Tensor:
+        """Map tokens in place ``[sample, *token_grid, inputs]`` to ``[sample, *token_grid, width]``."""
+        h = canvas.movedim(-1, 1)
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            h = F.relu(norm(layer(frame(h, periodic, 2))))
+        return h.movedim(1, -1)
+
+
+def token_places(token_grid: Sequence[int]) -> Tensor:
+    """Coordinates of the token centres in token spacings, in the order of the canvas, with shape ``[token, axis]``."""
+    axes = [torch.arange(n, dtype=torch.float64) + 0.5 for n in token_grid]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)

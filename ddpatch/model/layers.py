@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,14 +39,16 @@ class ResidualBlock(nn.Module):
         ndim: 2 or 3.
         inputs, outputs: Channels.
         embedding: Width of the embedding.
+        wraps: Whether the points close on themselves; else there are zeros around them.
     """
 
-    def __init__(self, ndim: int, inputs: int, outputs: int, embedding: int) -> None:
+    def __init__(self, ndim: int, inputs: int, outputs: int, embedding: int, wraps: bool = False) -> None:
         super().__init__()
-        conv = CONV[ndim]
+        conv: Any = CONV[ndim]
+        beyond = "circular" if wraps else "zeros"
         self.norm1, self.norm2 = PointNorm(inputs), PointNorm(outputs)
-        self.conv1 = conv(inputs, outputs, 3, padding=1)
-        self.conv2 = _zero(conv(outputs, outputs, 3, padding=1))
+        self.conv1 = conv(inputs, outputs, 3, padding=1, padding_mode=beyond)
+        self.conv2 = _zero(conv(outputs, outputs, 3, padding=1, padding_mode=beyond))
         self.modulation = nn.Linear(embedding, 2 * outputs)
         self.skip = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
 
@@ -97,15 +100,25 @@ class NoiseEmbedding(nn.Module):
         return self.layers(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
-def refine(x: Tensor) -> Tensor:
+def refine(x: Tensor, wraps: bool = False) -> Tensor:
     """Linear interpolation of cell values to half the spacing, extrapolated to the rim: exact for linear functions.
 
     Arguments:
         x: Shape ``[batch, channel, *points]``; twice as many points come out on every axis.
+        wraps: Whether the points close on themselves, so that there is no rim.
     """
+    if wraps:
+        return crop(refine(F.pad(x, [1] * 2 * (x.ndim - 2), mode="circular")), 2)
     for axis in range(2, x.ndim):
         x = (x.movedim(axis, -1) @ _halving(x.shape[axis]).to(x)).movedim(-1, axis)
     return x.contiguous(memory_format=CHANNELS_LAST[x.ndim - 2])
+
+
+def crop(x: Tensor, width: int) -> Tensor:
+    """Take ``width`` points off every side of ``[batch, channel, *points]``."""
+    for axis in range(2, x.ndim):
+        x = x.narrow(axis, width, x.shape[axis] - 2 * width)
+    return x
 
 
 def _halving(cells: int) -> Tensor:

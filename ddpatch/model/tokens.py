@@ -27,11 +27,12 @@ class Restriction(nn.Module):
         latent: Channels of the latent.
         features: Latent features that a token carries.
         tokens: Tokens per axis, q.
+        means: Whether tokens carry block means at all.
     """
 
-    def __init__(self, ndim: int, latent: int, features: int, tokens: int) -> None:
+    def __init__(self, ndim: int, latent: int, features: int, tokens: int, means: bool = True) -> None:
         super().__init__()
-        self.shape = (tokens,) * ndim
+        self.shape, self.means = (tokens,) * ndim, means
         self.compress = CONV[ndim](latent, features, 1)
 
     def forward(self, latent: Tensor, patches: Tensor, sigma: Tensor) -> Tensor:
@@ -46,6 +47,8 @@ class Restriction(nn.Module):
             Shape ``[sample, patch, q^d, features + channel]``.
         """
         features = _pool(self.compress(latent), self.shape).unflatten(0, patches.shape[:2])
+        if not self.means:
+            return features.flatten(3).transpose(2, 3)
         means = _pool(patches.flatten(0, 1), self.shape).unflatten(0, patches.shape[:2])
         square, cell = sigma.square(), math.prod(patches.shape[3:]) / math.prod(self.shape)
         scale = ((1 + square) / (1 + square / cell)).sqrt().view(-1, *(1,) * (patches.ndim - 1))
@@ -58,12 +61,13 @@ class Prolongation(nn.Module):
     Arguments:
         ndim: 2 or 3.
         width: Width of a token.
-        latent, fine: Channels at the latent and at the finest level.
+        latent, fine: Channels at the latent and at the finest level; 0 at a level that is not reached.
     """
 
     def __init__(self, ndim: int, width: int, latent: int, fine: int) -> None:
         super().__init__()
-        self.to_latent, self.to_fine = nn.Linear(width, latent), nn.Linear(width, fine)
+        self.to_latent = nn.Linear(width, latent)
+        self.to_fine = nn.Linear(width, fine) if fine else None
 
     def latent(self, own: Tensor, shape: Sequence[int]) -> Tensor:
         """Map own tokens ``[batch, q, (q,) q, width]`` to ``[batch, latent, *shape]``."""
@@ -78,8 +82,10 @@ class Prolongation(nn.Module):
             patches: Global numbers of the own patches.
 
         Returns:
-            Shape ``[sample, local patch, fine, *patch_shape]``.
+            Shape ``[sample, local patch, fine, *patch_shape]``; zero, without dims, where the finest level is not reached.
         """
+        if self.to_fine is None:
+            return canvas.new_zeros(())
         framed = frame(self.to_fine(canvas).movedim(-1, 1), decomposition.periodic)
         per_patch = [n // g for n, g in zip(canvas.shape[1:-1], decomposition.patch_grid, strict=True)]
         points = own_boxes(framed, decomposition, patches, per_patch, ring=2)
@@ -106,16 +112,18 @@ def interpolation(q: int, cell: int) -> Tensor:
     return torch.where(distance < 0.5, 0.75 - distance.square(), (1.5 - distance).clamp(min=0).square() / 2)
 
 
-def frame(canvas: Tensor, periodic: Sequence[bool]) -> Tensor:
-    """Add one token on every side: the opposite side's on periodic axes, the same one again at walls.
+def frame(canvas: Tensor, periodic: Sequence[bool], width: int = 1) -> Tensor:
+    """Add tokens on every side: those of the opposite side on periodic axes, the last one again at walls.
 
     Arguments:
         canvas: Shape ``[sample, channel, *token_grid]``.
         periodic: Per axis.
+        width: Tokens to add.
     """
     for axis, wraps in enumerate(periodic, start=2):
-        low, high = canvas.narrow(axis, 0, 1), canvas.narrow(axis, -1, 1)
-        canvas = torch.cat([high, canvas, low] if wraps else [low, canvas, high], dim=axis)
+        n = canvas.shape[axis]
+        places = torch.arange(-width, n + width, device=canvas.device)
+        canvas = canvas.index_select(axis, places.remainder(n) if wraps else places.clamp(0, n - 1))
     return canvas
 
 
@@ -147,12 +155,6 @@ def own_boxes(canvas: Tensor, decomposition: Decomposition, patches: Sequence[in
         box: tuple[Any, ...] = (slice(None), slice(None), *(slice(i * n, i * n + n + ring) for i, n in place))
         boxes.append(canvas[box])
     return torch.stack(boxes, dim=1)
-
-
-def token_places(patch_grid: Sequence[int], q: int) -> Tensor:
-    """Coordinates of the token centres in token spacings, in the order of the canvas, with shape ``[token, axis]``."""
-    axes = [torch.arange(n * q, dtype=torch.float64) + 0.5 for n in patch_grid]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
 def check_tokens(patch_shape: Sequence[int], q: int, levels: int) -> None:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
-from ddpatch.model.coarse import CoarseTransformer
+from ddpatch.model.coarse import CoarseTransformer, ConvolutionalCommunicator
 from ddpatch.model.layers import CHANNELS_LAST, NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
-from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, own_boxes, to_canvas, token_places
+from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, own_boxes, to_canvas
 from ddpatch.model.unet import Decoder, Encoder
 
 
@@ -36,6 +37,28 @@ class Coupling(Protocol):
         """``[sample, local patch, channel, *patch_shape]`` to windows of ``patch_shape + 2 δ``. Collective."""
 
 
+class OwnPatch:
+    """The coupling of a patch that is a field of its own: nobody to gather from, and nothing beyond the patch.
+
+    Arguments:
+        patch_shape: Points of the patch.
+        halo: Width δ of the windows.
+    """
+
+    def __init__(self, patch_shape: Sequence[int], halo: int) -> None:
+        shape = tuple(patch_shape)
+        self.decomposition, self.patches = Decomposition(shape, shape, 1, (False,) * len(shape)), [0]
+        self._pad = [halo] * 2 * len(shape)
+
+    def gather(self, tokens: Tensor) -> Tensor:
+        """The tokens themselves."""
+        return tokens
+
+    def halo(self, patches: Tensor) -> Tensor:
+        """Patches framed with zeros."""
+        return F.pad(patches, self._pad)
+
+
 class TwoLevelModel(nn.Module):
     """Two-level domain decomposition as a network: one halo exchange and one gather per evaluation, whatever its depth.
 
@@ -49,23 +72,22 @@ class TwoLevelModel(nn.Module):
     def __init__(self, channels: int, ndim: int, config: ModelConfig, periodic: Sequence[bool]) -> None:
         super().__init__()
         self.config, self.periodic = config, tuple(periodic)
+        paths, wraps = config.paths, config.paths.whole and all(periodic)
         widths, embedding = config.channels, 4 * config.channels[0]
         extra = num_coordinate_features(self.periodic, config.positions)
         self.embed = NoiseEmbedding(embedding)
-        self.encoder = Encoder(ndim, channels, extra, widths, config.blocks, config.halo, embedding)
-        self.decoder = Decoder(ndim, channels, widths, config.blocks, embedding)
-        self.bottleneck = ResidualBlock(ndim, widths[-1], widths[-1], embedding)
-        if config.coarse_layers:
-            self.restriction = Restriction(ndim, widths[-1], config.token_channels, config.tokens)
-            self.coarse = CoarseTransformer(
-                ndim,
-                config.token_channels + channels + extra,
-                config.coarse_width,
-                config.coarse_layers,
-                config.coarse_heads,
-                embedding,
+        self.encoder = Encoder(ndim, channels, extra, widths, config.blocks, config.reach, embedding, wraps)
+        self.decoder = Decoder(ndim, channels, widths, config.blocks, embedding, wraps)
+        self.bottleneck = ResidualBlock(ndim, widths[-1], widths[-1], embedding, wraps)
+        if paths.coarse:
+            self.restriction = Restriction(ndim, widths[-1], config.token_channels, config.tokens, paths.means)
+            inputs, width = config.token_channels + paths.means * channels + extra, config.coarse_width
+            self.coarse = (
+                CoarseTransformer(ndim, inputs, width, config.coarse_layers, config.coarse_heads, embedding)
+                if paths.coarse == "transformer"
+                else ConvolutionalCommunicator(ndim, inputs, width)
             )
-            self.prolongation = Prolongation(ndim, config.coarse_width, widths[-1], widths[0])
+            self.prolongation = Prolongation(ndim, width, widths[-1], paths.fine * widths[0])
         self.to(memory_format=CHANNELS_LAST[ndim])  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, noise: Tensor, coupling: Coupling) -> Tensor:
@@ -81,9 +103,9 @@ class TwoLevelModel(nn.Module):
         """
         sigma, embedding = (4 * noise).exp(), self.embed(noise)
         repeated = embedding.repeat_interleave(x.shape[1], dim=0)
-        place = coordinate_features(coupling.decomposition, coupling.patches, self.config.halo, self.config.positions)
+        place = coordinate_features(coupling.decomposition, coupling.patches, self.config.reach, self.config.positions)
         latent, skips = self.encoder(coupling.halo(x), place.to(x), sigma, repeated)
-        if self.config.coarse_layers:
+        if self.config.paths.coarse:
             into_latent, into_fine = self._couple(latent, x, sigma, embedding, coupling)
         else:
             into_latent, into_fine = torch.zeros_like(latent), latent.new_zeros(())
@@ -98,13 +120,11 @@ class TwoLevelModel(nn.Module):
         canvas = to_canvas(coupling.gather(own), decomposition.patch_grid, q)
         grid = canvas.shape[1:-1]
         tokens = torch.cat([canvas, self._token_features(decomposition).to(x).expand(len(x), *grid, -1)], dim=-1)
-        places = token_places(decomposition.patch_grid, q).to(x)
-        lengths = [n * (1.0 if wraps else 2.0) for n, wraps in zip(grid, self.periodic, strict=True)]
-        canvas = self.coarse(tokens.flatten(1, ndim), embedding, places, lengths).unflatten(1, grid)
+        canvas = self.coarse(tokens, embedding, self.periodic)
         own = own_boxes(canvas.movedim(-1, 1), decomposition, coupling.patches, [q] * ndim)
         into_latent = self.prolongation.latent(own.flatten(0, 1).movedim(1, -1), latent.shape[2:])
         into_fine = self.prolongation.fine(canvas, decomposition, coupling.patches)
-        return into_latent, into_fine.flatten(0, 1)
+        return into_latent, into_fine.flatten(0, 1) if into_fine.ndim else into_fine
 
     def _token_features(self, decomposition: Decomposition) -> Tensor:
         """Coordinates of all tokens, with shape ``[*token_grid, feature]``: those of a grid with a point per token."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.model.layers import CONV, Gain, ResidualBlock, refine
+from ddpatch.model.layers import CONV, Gain, ResidualBlock, crop, refine
 from ddpatch.model.stencil import StencilConvolution
 
 
@@ -66,15 +66,24 @@ class Encoder(nn.Module):
         blocks: Residual blocks per level.
         halo: Width δ of the window's halo.
         embedding: Width of the noise embedding.
+        wraps: Whether the patch is a grid that closes on itself.
     """
 
     def __init__(
-        self, ndim: int, inputs: int, features: int, channels: Sequence[int], blocks: int, halo: int, embedding: int
+        self,
+        ndim: int,
+        inputs: int,
+        features: int,
+        channels: Sequence[int],
+        blocks: int,
+        halo: int,
+        embedding: int,
+        wraps: bool = False,
     ) -> None:
         super().__init__()
         self.stem = Stem(ndim, inputs, features, channels[0], halo)
         self.levels = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(ndim, width, width, embedding) for _ in range(blocks)) for width in channels
+            nn.ModuleList(ResidualBlock(ndim, width, width, embedding, wraps) for _ in range(blocks)) for width in channels
         )
         self.downs = nn.ModuleList(CONV[ndim](fine, coarse, 2, stride=2) for fine, coarse in pairwise(channels))
 
@@ -109,17 +118,20 @@ class Decoder(nn.Module):
         channels: Channels per level, finest first.
         blocks: Residual blocks per level.
         embedding: Width of the noise embedding.
+        wraps: Whether the patch is a grid that closes on itself.
     """
 
-    def __init__(self, ndim: int, outputs: int, channels: Sequence[int], blocks: int, embedding: int) -> None:
+    def __init__(
+        self, ndim: int, outputs: int, channels: Sequence[int], blocks: int, embedding: int, wraps: bool = False
+    ) -> None:
         super().__init__()
-        conv = CONV[ndim]
+        conv, self.wraps = CONV[ndim], wraps
         pairs = list(pairwise(channels))
         self.ups = nn.ModuleList(conv(coarse, fine, 1) for fine, coarse in pairs)
         self.gains = nn.ModuleList(Gain(2 * fine, embedding) for fine, _ in pairs)
         self.merges = nn.ModuleList(conv(2 * fine, fine, 1) for fine, _ in pairs)
         self.levels = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(ndim, width, width, embedding) for _ in range(blocks)) for width in channels
+            nn.ModuleList(ResidualBlock(ndim, width, width, embedding, wraps) for _ in range(blocks)) for width in channels
         )
         self.gain = Gain(channels[0], embedding)
         self.out = conv(channels[0], outputs, 1)
@@ -140,19 +152,13 @@ class Decoder(nn.Module):
         h = latent
         for i in reversed(range(len(self.levels))):
             if i < len(self.ups):
-                h = self.merges[i](self.gains[i](torch.cat([refine(self.ups[i](h)), skips[i]], dim=1), embedding))
+                merged = torch.cat([refine(self.ups[i](h), self.wraps), skips[i]], dim=1)
+                h = self.merges[i](self.gains[i](merged, embedding))
             if i == 0:
                 h = h + fine
             for block in _modules(self.levels[i]):
                 h = block(h, embedding)
         return self.out(self.gain(h, embedding))
-
-
-def crop(x: Tensor, width: int) -> Tensor:
-    """Take ``width`` points off every side of ``[batch, channel, *points]``."""
-    for axis in range(2, x.ndim):
-        x = x.narrow(axis, width, x.shape[axis] - 2 * width)
-    return x
 
 
 def _modules(level: nn.Module) -> list[nn.Module]:
