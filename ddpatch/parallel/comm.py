@@ -33,6 +33,7 @@ LAUNCHERS = {  # size variable: (launcher, what the MPI library calls itself; No
 }
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 GRACE_SECONDS = 2.0
+FORWARD_SECONDS = 0.5
 
 
 class Communicator:
@@ -217,8 +218,7 @@ class Communicator:
         deadline = time.monotonic() + GRACE_SECONDS
         while not request.Test():
             if time.monotonic() > deadline:
-                print(f"{line} (rank {self.rank})", file=sys.stderr, flush=True)
-                MPI.COMM_WORLD.Abort(2)
+                abort(f"{line} (rank {self.rank})", 2)
             time.sleep(0.01)
         if self.rank == 0:
             print(line, file=sys.stderr, flush=True)
@@ -273,8 +273,14 @@ def start_mpi() -> None:
 def end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The excepthook of a job of several ranks: print this rank's traceback and end all of them."""
     everyone, text = MPI.COMM_WORLD, "".join(traceback.format_exception(kind, error, trace))
-    print(f"rank {everyone.rank} of {everyone.size} failed:\n{text}", file=sys.stderr, flush=True)
-    everyone.Abort(1)
+    abort(f"rank {everyone.rank} of {everyone.size} failed:\n{text}", 1)
+
+
+def abort(text: str, code: int) -> None:
+    """End all ranks of the job with a text from this one."""
+    print(text, file=sys.stderr, flush=True)
+    time.sleep(FORWARD_SECONDS)  # output and abort reach the launcher on two ways, and it reads no more after the abort
+    MPI.COMM_WORLD.Abort(code)
 
 
 def _asked(variable: str) -> int:

@@ -1,0 +1,311 @@
+"""Couplings on turbulence: equal parameters, equal training, side by side.
+
+    python benchmarks/turbulence.py              # small: about half an hour on two cores; resumes where it was
+    python benchmarks/turbulence.py --full       # for a GPU: larger fields, wider networks, longer training
+
+Two flows: two-dimensional Kolmogorov flow on 16 patches, forced isotropic turbulence on 8 patches. Schemes: one U-Net on the
+whole domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); a random
+shift of the tiling at every step (PaDIS); halo only; tokens only; both. MultiDiffusion and PaDIS sample with the network of the
+independent patches, on one rank. Where there is no transformer the coarsest level is wider for it.
+
+Figures are distances to an independent reference in units of the noise floor, that is of the distance between two halves of the
+reference (ddpatch evaluate); the seam ratio J is given itself, 1 is perfect.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from hardware import describe
+from torch import Tensor
+
+from ddpatch.couplings import COUPLINGS
+from ddpatch.decomposition import Decomposition
+from ddpatch.diffusion.solvers import Denoise
+from ddpatch.io.volume import write_volume
+from ddpatch.model.two_level import count_parameters
+from ddpatch.parallel.comm import Communicator
+from ddpatch.sample import Sampler
+from ddpatch.sample import sample as sample_verb
+from ddpatch.train import peak_memory
+
+RESULTS = Path(__file__).parent / "results"
+SCHEMES = {  # name: (coupling of the network, how it is sampled)
+    "full domain": ("full-domain", "plain"),
+    "independent patches": ("none", "plain"),
+    "overlapping windows": ("none", "overlap"),
+    "shifted tiling": ("none", "shift"),
+    "halo": ("halo", "plain"),
+    "tokens": ("tokens", "plain"),
+    "halo and tokens": ("two-level", "plain"),
+}
+DISTANCES = {
+    "spectrum": "spectrum",
+    "structure_function": "S₂",
+    "flatness": "flatness",
+    "increment_pdf": "increments",
+    "divergence": "divergence",
+    "across_correlation": "across patches",
+}
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Data, patches, network and budget.
+
+    ``samples``: of training, of the reference, and drawn. ``uncoupled``: channels that give a network without transformer as many
+    parameters.
+    """
+
+    kind: str
+    grid: int
+    patch: tuple[int, ...]
+    samples: tuple[int, int, int]
+    model: dict[str, Any]
+    uncoupled: list[int]
+    train: dict[str, Any]
+
+
+NARROW = {"channels": [16, 32, 64], "halo": 4, "token_channels": 16, "coarse_width": 64, "coarse_layers": 3}
+WIDE = {"channels": [64, 128, 256], "halo": 4, "token_channels": 32, "coarse_width": 256, "coarse_layers": 6}
+SMALL = {
+    "kolmogorov": Flow(
+        "kolmogorov", 64, (16, 16), 256, 128, 64, NARROW, {"channels": [16, 32, 88]}, {"steps": 700, "batch": 8, "ema": 600.0}
+    ),
+    "isotropic": Flow(
+        "isotropic", 32, (16,) * 3, 64, 32, 16, NARROW, {"channels": [16, 32, 72]}, {"steps": 400, "batch": 2, "ema": 100.0}
+    ),
+}
+FULL = {
+    "kolmogorov": Flow(
+        "kolmogorov",
+        128,
+        (32, 32),
+        1024,
+        256,
+        128,
+        WIDE,
+        {"channels": [64, 128, 424]},
+        {"steps": 4000, "batch": 16, "ema": 4000.0},
+    ),
+    "isotropic": Flow(
+        "isotropic", 64, (32,) * 3, 256, 64, 32, WIDE, {"channels": [64, 128, 328]}, {"steps": 4000, "batch": 4, "ema": 1000.0}
+    ),
+}
+
+
+def launch(ranks: int, *command: str) -> str:
+    """Run a command of this interpreter under mpiexec; returns what it prints."""
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
+    line = [str(mpiexec), "-n", str(ranks), sys.executable, *command]
+    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+
+
+def prepare(flow: Flow, folder: Path) -> None:
+    """Data and reference, from different simulations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, samples, seed in (("data", flow.samples[0], "0"), ("reference", flow.samples[1], "1")):
+        if not (folder / f"{name}.h5").exists():
+            size = ("--grid", str(flow.grid), "--samples", str(samples), "--seed", seed)
+            launch(2, "-m", "ddpatch", "simulate", flow.kind, *size, "--output", str(folder / f"{name}.h5"))
+
+
+def train(flow: Flow, coupling: str, folder: Path) -> Path:
+    """Train the network of one coupling, or go on with it."""
+    run = folder / coupling
+    run.mkdir(exist_ok=True)
+    tree = {
+        "domain": {"patch": list(flow.patch)},
+        "data": {"path": str(folder / "data.h5")},
+        "model": {**flow.model, "coupling": coupling, **({} if COUPLINGS[coupling].coarse else {"channels": flow.uncoupled})},
+        "train": {**flow.train, "warmup": 50},
+    }
+    (run / "benchmark.yaml").write_text(yaml.safe_dump(tree))
+    ranks = 1 if coupling == "full-domain" or torch.cuda.is_available() else 2
+    launch(ranks, "-m", "ddpatch", "train", str(run / "benchmark.yaml"), "--run", str(run))
+    return run
+
+
+def worker(run: Path, way: str, count: int, output: Path) -> None:
+    """Draw samples and print what it took. Collective."""
+    comm = Communicator()
+    sampler = Sampler(run, comm)
+    comm.bytes.clear()
+    start = time.perf_counter()
+    if way == "plain":
+        sample_verb(run, output, count, comm, overwrite=True)
+    else:
+        draw_otherwise(sampler, way, count, output)
+    facts = {
+        "seconds": (time.perf_counter() - start) / count,
+        "memory": max(comm.gather(peak_memory(sampler.device))) / 2**30,
+        "bytes": sum(comm.gather(sum(comm.bytes[kind] for kind in ("halo", "allgather")))) / count,
+        "parameters": count_parameters(sampler.model),
+    }
+    if comm.rank == 0:
+        print(json.dumps(facts))
+
+
+def draw_otherwise(sampler: Sampler, way: str, count: int, output: Path) -> None:
+    """Sample with the network of independent patches, in windows that move."""
+    grid, alone = sampler.decomposition, sampler.denoise
+    random = torch.Generator().manual_seed(0)
+    half = [n // 2 for n in grid.patch_shape]
+
+    def shifts() -> list[tuple[int, ...]]:
+        if way == "overlap":
+            return list(product(*((0, h) for h in half)))
+        return [tuple(int(torch.randint(n, (), generator=random)) for n in grid.patch_shape)]
+
+    sampler.denoise = averaged(alone, grid, shifts)  # type: ignore[assignment]
+    batch = sampler.config.train.batch
+    fields = (
+        join(patches, grid)[0].numpy()
+        for first in range(0, count, batch)
+        for patches in sampler.draw(range(first, min(first + batch, count)), 0, "dpm++2m", 20)[:, None].float()
+    )
+    write_volume(output, sampler.header(count), fields, overwrite=True)
+
+
+def averaged(denoise: Denoise, grid: Decomposition, shifts: Callable[[], list[tuple[int, ...]]]) -> Denoise:
+    """The mean of the predictions in several shifted tilings."""
+
+    def over_tilings(x: Tensor, sigma: Tensor) -> Tensor:
+        field, total = join(x, grid), torch.zeros(())
+        dims, chosen = tuple(range(2, field.ndim)), shifts()
+        for shift in chosen:
+            found = join(denoise(cut(field.roll([-s for s in shift], dims), grid), sigma), grid)
+            total = total + found.roll(shift, dims) / len(chosen)
+        return cut(total, grid)
+
+    return over_tilings
+
+
+def cut(field: Tensor, grid: Decomposition) -> Tensor:
+    """``[sample, channel, *grid]`` to ``[sample, patch, channel, *patch_shape]``."""
+    return torch.stack([field[(..., *grid.slices(p))] for p in range(grid.num_patches)], dim=1)  # type: ignore[index]
+
+
+def join(patches: Tensor, grid: Decomposition) -> Tensor:
+    """The inverse of :func:`cut`."""
+    field = patches.new_empty(len(patches), patches.shape[2], *grid.grid_shape)
+    for p in range(grid.num_patches):
+        field[(..., *grid.slices(p))] = patches[:, p]  # type: ignore[index]
+    return field
+
+
+def measure(flow: Flow, scheme: str, folder: Path) -> dict[str, Any]:
+    """Train, sample and evaluate one scheme."""
+    coupling, way = SCHEMES[scheme]
+    run, stem = train(flow, coupling, folder), scheme.replace(" ", "-")
+    ranks = 2 if way == "plain" and coupling != "full-domain" and not torch.cuda.is_available() else 1
+    samples, report = folder / f"{stem}.h5", folder / f"{stem}-report"
+    facts = launch(ranks, __file__, "--worker", str(run), way, str(flow.samples[2]), str(samples)).splitlines()[-1]
+    options = ("--patch", *map(str, flow.patch), "--output", str(report), "--overwrite")
+    launch(2, "-m", "ddpatch", "evaluate", str(samples), "--reference", str(folder / "reference.h5"), *options)
+    headline = json.loads((report / "metrics.json").read_text())["headline"]
+    ratios = {key: headline[key]["ratio"] for key in DISTANCES}
+    values = {"spectrum_error": headline["spectrum"]["value"], "seam_ratio": headline["seam_ratio"]["value"]}
+    return {"flow": flow.kind, "scheme": scheme, **ratios, **values, **json.loads(facts)}
+
+
+def report(rows: list[dict[str, Any]], flows: dict[str, Flow], command: str, label: str) -> str:
+    """The Markdown page."""
+    lines = [f"# Couplings on turbulence, {label} mode, {date.today()}", "", f"{describe()}. `{command}`", ""]
+    for kind, flow in flows.items():
+        mine = [row for row in rows if row["flow"] == kind]
+        lines += [
+            f"## {kind}, {flow.grid}^{len(flow.patch)} points, patches of {'×'.join(map(str, flow.patch))}",
+            "",
+            f"Model {flow.model}; training {flow.train}; {flow.samples[2]} samples, one seed. Distances in units of the noise floor.",
+            "",
+            "| scheme | "
+            + " | ".join(DISTANCES.values())
+            + " | J | parameters | s per sample | GiB per rank | MB sent per sample |",
+            "|---" * (len(DISTANCES) + 6) + "|",
+            *(
+                f"| {r['scheme']} | {' | '.join(f'{r[key]:.1f}' for key in DISTANCES)} | {r['seam_ratio']:.3f} | "
+                f"{r['parameters']} | {r['seconds']:.2f} | {r['memory']:.2f} | {r['bytes'] / 1e6:.2f} |"
+                for r in mine
+            ),
+            "",
+            *bars(mine),
+            "",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def bars(rows: list[dict[str, Any]]) -> list[str]:
+    """What halo and tokens together have to be."""
+    by_scheme = {row["scheme"]: row for row in rows}
+    if not set(SCHEMES) <= set(by_scheme):
+        return []
+    both = by_scheme["halo and tokens"]
+    parts = [by_scheme[name] for name in ("independent patches", "halo", "tokens")]
+    lines = ["| bar | found | met |", "|---|---|---|"]
+    for key in ("spectrum", "across_correlation"):
+        ahead = min(part[key] for part in parts) - both[key]
+        others = ", ".join(f"{part[key]:.1f}" for part in parts)
+        text = f"| {DISTANCES[key]}: below independent patches, halo, tokens by 1 | {both[key]:.1f} against {others} |"
+        lines.append(f"{text} {met(ahead > 1)} |")
+    lines.append(f"| J in [0.97, 1.03] | {both['seam_ratio']:.3f} | {met(0.97 <= both['seam_ratio'] <= 1.03)} |")
+    whole = by_scheme["full domain"]["spectrum_error"]
+    found = f"{both['spectrum_error']:.3f} against {whole:.3f}"
+    verdict = met(both["spectrum_error"] <= 1.1 * whole)
+    lines.append(f"| spectrum error within 10 % of the full domain's, or better | {found} | {verdict} |")
+    return lines
+
+
+def met(holds: bool) -> str:
+    """Yes or no."""
+    return "yes" if holds else "**no**"
+
+
+def main() -> None:
+    """Train, sample, evaluate, report, one scheme after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the mode for a GPU")
+    parser.add_argument("--flows", nargs="+", choices=SMALL, default=list(SMALL))
+    parser.add_argument("--folder", type=Path, default=Path("runs/turbulence"), help="of data and runs (default %(default)s)")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        run, way, count, output = args.worker
+        worker(Path(run), way, int(count), Path(output))
+        return
+    label, flows = ("full", FULL) if args.full else ("small", SMALL)
+    flows, rows = {kind: flows[kind] for kind in args.flows}, []
+    stem = RESULTS / f"turbulence_{label}_{os.uname().machine}_{date.today()}"
+    for kind, flow in flows.items():
+        folder = args.folder / label / kind
+        prepare(flow, folder)
+        for scheme in SCHEMES:
+            rows.append(measure(flow, scheme, folder))
+            print(rows[-1], flush=True)
+            with stem.with_suffix(".csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(rows[0]))
+                writer.writeheader()
+                writer.writerows(rows)
+            command = f"python benchmarks/turbulence.py{' --full' * args.full} --flows {' '.join(args.flows)}"
+            stem.with_suffix(".md").write_text(report(rows, flows, command, label))
+
+
+if __name__ == "__main__":
+    main()
