@@ -85,26 +85,16 @@ NARROW = {"channels": [16, 32, 64], "halo": 4, "token_channels": 16, "coarse_wid
 WIDE = {"channels": [64, 128, 256], "halo": 4, "token_channels": 32, "coarse_width": 256, "coarse_layers": 6}
 SMALL = {
     "kolmogorov": Flow(
-        "kolmogorov", 64, (16, 16), 256, 128, 64, NARROW, {"channels": [16, 32, 88]}, {"steps": 700, "batch": 8, "ema": 600.0}
+        "kolmogorov", 64, (16, 16), (256, 128, 64), NARROW, [16, 32, 88], {"steps": 700, "batch": 8, "ema": 600.0}
     ),
-    "isotropic": Flow(
-        "isotropic", 32, (16,) * 3, 64, 32, 16, NARROW, {"channels": [16, 32, 72]}, {"steps": 400, "batch": 2, "ema": 100.0}
-    ),
+    "isotropic": Flow("isotropic", 32, (16,) * 3, (64, 32, 16), NARROW, [16, 32, 72], {"steps": 400, "batch": 2, "ema": 100.0}),
 }
 FULL = {
     "kolmogorov": Flow(
-        "kolmogorov",
-        128,
-        (32, 32),
-        1024,
-        256,
-        128,
-        WIDE,
-        {"channels": [64, 128, 424]},
-        {"steps": 4000, "batch": 16, "ema": 4000.0},
+        "kolmogorov", 128, (32, 32), (1024, 256, 128), WIDE, [64, 128, 424], {"steps": 4000, "batch": 16, "ema": 4000.0}
     ),
     "isotropic": Flow(
-        "isotropic", 64, (32,) * 3, 256, 64, 32, WIDE, {"channels": [64, 128, 328]}, {"steps": 4000, "batch": 4, "ema": 1000.0}
+        "isotropic", 64, (32,) * 3, (256, 64, 32), WIDE, [64, 128, 328], {"steps": 4000, "batch": 4, "ema": 1000.0}
     ),
 }
 
@@ -234,7 +224,7 @@ def report(rows: list[dict[str, Any]], flows: dict[str, Flow], command: str, lab
         lines += [
             f"## {kind}, {flow.grid}^{len(flow.patch)} points, patches of {'×'.join(map(str, flow.patch))}",
             "",
-            f"Model {flow.model}; training {flow.train}; {flow.samples[2]} samples, one seed. Distances in units of the noise floor.",
+            f"Model {flow.model}; training {flow.train}; {flow.samples[2]} samples, one seed.",
             "",
             "| scheme | "
             + " | ".join(DISTANCES.values())
