@@ -75,7 +75,7 @@ CASES = {
         256,
         0.95,
         {"channels": [16, 32, 64], "halo": 4, "token_channels": 16, "coarse_width": 64, "coarse_layers": 3},
-        {"steps": 1500, "batch": 8, "ema": 1000.0},
+        {"steps": 1000, "batch": 8, "ema": 600.0},
     ),
     "32x32x32": Case(
         (32, 32, 32),
