@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python benchmarks/positions.py         # about 5 minutes on one core
 
 Gaussian fields on 32² points, 16 patches of 8², with and without a mean profile 2 sin(2π y / L) + sin(4π y / L). The best
-denoiser of both is known exactly. The figure is the error in excess of it, <|D - W|²> / E_global, by noise level, without (0) and with
-(4 modes) Fourier features of the coordinates.
+denoiser of both is known exactly. The figure is the error in excess of it, <|D - W|²> / E_global, by noise level, without (0) and
+with (4 modes) Fourier features of the coordinates.
 """
 
 from __future__ import annotations
