@@ -178,13 +178,14 @@ def find_bounds(case: Case, grid: tuple[int, ...], cache: Path) -> Bounds:
     if cache.exists():
         found: Bounds = json.loads(cache.read_text())
         return found
-    oracle, halo, sigmas = GaussianOracle(power(case, grid)), case.model["halo"], [noise_level(u) for u in LEVELS]
+    oracle, sigmas = GaussianOracle(power(case, grid)), [noise_level(u) for u in LEVELS]
+    halos = (1, 2, 4) if len(grid) == 2 else (1, 2)  # a window of 24³ points takes minutes
     bounds = {
         "global": [oracle.everything(s) for s in sigmas],
         "patch": [oracle.patch(case.patch, s) for s in sigmas],
-        f"halo {halo}": [oracle.patch(case.patch, s, halo) for s in sigmas],
-        "block means of every patch": [oracle.patch(case.patch, s, 0, 4) for s in sigmas],
-        "both": [oracle.patch(case.patch, s, halo, 4) for s in sigmas],
+        **{f"halo {width}": [oracle.patch(case.patch, s, width) for s in sigmas] for width in halos},
+        f"4^{len(grid)} block means of every patch": [oracle.patch(case.patch, s, 0, 4) for s in sigmas],
+        f"block means and halo {halos[-1]}": [oracle.patch(case.patch, s, halos[-1], 4) for s in sigmas],
     }
     cache.write_text(json.dumps(bounds))
     return bounds

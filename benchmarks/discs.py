@@ -29,8 +29,10 @@ from ddpatch.config import ModelConfig
 from ddpatch.couplings import COUPLINGS
 from ddpatch.decomposition import Decomposition
 from ddpatch.model.two_level import Coupling, OwnPatch, TwoLevelModel, count_parameters
+from ddpatch.optimiser import Muon
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
+from ddpatch.train import learning_rate
 
 RESULTS = Path(__file__).parent / "results"
 SIDE, PATCHES, RADIUS, HALF_WIDTH = 32, 8, 4.0, 1.5
@@ -90,8 +92,8 @@ def train(coupling: str, steps: int, batch: int) -> tuple[Segmenter, float]:
     torch.manual_seed(0)
     generator, start = torch.Generator().manual_seed(1), time.perf_counter()
     model = Segmenter(coupling)
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps, pct_start=0.05)
+    optimiser = Muon(model.named_parameters(), lr=5e-3, adam=("embed.", "decoder.out.", ".centre"))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: learning_rate(step, steps, steps // 20))
     for step in range(steps):
         images, classes, _ = draw(batch, generator)
         value = loss(model(images), classes)
@@ -158,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     everything = [name for name, paths in COUPLINGS.items() if not paths.whole]
     parser.add_argument("--couplings", nargs="+", default=everything, choices=everything)
-    parser.add_argument("--steps", type=int, default=1500, help="training steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=600, help="training steps (default %(default)s)")
     parser.add_argument("--batch", type=int, default=16, help="images per step (default %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
