@@ -17,13 +17,13 @@ import sys
 import tempfile
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 from hardware import describe
 from torch import Tensor
 
 from ddpatch.data.fields import FieldFile
+from ddpatch.model.patches import cut
 from ddpatch.parallel.comm import Communicator
 from ddpatch.sample import Sampler
 
@@ -66,11 +66,9 @@ def ratios(run: Path, data: Path) -> list[float]:
     wiener, clean, found = Wiener(fields), fields[-TESTED:], []
     for sigma in SIGMAS:
         noisy = clean + sigma * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-        boxes: list[Any] = [(..., *grid.slices(p)) for p in range(grid.num_patches)]
-        patches = torch.stack([noisy[box] for box in boxes], dim=1)
         with torch.no_grad():
-            denoised = sampler.denoise(patches, torch.full((TESTED,), sigma, dtype=torch.float64))
-        error = denoised - torch.stack([clean[box] for box in boxes], dim=1)
+            denoised = sampler.denoise(cut(noisy, grid), torch.full((TESTED,), sigma, dtype=torch.float64))
+        error = denoised - cut(clean, grid)
         found.append(float(error.square().sum() / (wiener(noisy, sigma) - clean).square().sum()))
     return found
 

@@ -23,8 +23,8 @@ from hardware import describe
 from ddpatch.config import build
 from ddpatch.data.fields import FieldFile
 from ddpatch.data.gaussian import PowerLaw, draw
-from ddpatch.decomposition import Decomposition
 from ddpatch.io.volume import VolumeHeader, write_volume
+from ddpatch.model.patches import cut
 from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, generator
 from ddpatch.run import measure_field, resolve
@@ -65,7 +65,7 @@ def train(path: Path, positions: int, steps: int) -> Training:
 def excess(training: Training, mean: torch.Tensor) -> list[float]:
     """Error in excess of the best denoiser's, relative to that one's, at every noise level."""
     oracle, affine, grid = GaussianOracle(POWER), training.field.normalisation, training.decomposition
-    offsets, scale = cut(mean, grid) - affine.mean[0], affine.std[0]
+    offsets, scale = cut(mean[None, None].float(), grid) - affine.mean[0], affine.std[0]
     found = []
     for level, u in enumerate(LEVELS):
         sigma = noise_level(u)
@@ -75,11 +75,6 @@ def excess(training: Training, mean: torch.Tensor) -> list[float]:
         )
         found.append(float(distances.mean()) / oracle.everything(sigma))
     return found
-
-
-def cut(field: torch.Tensor, grid: Decomposition) -> torch.Tensor:
-    """``[*grid]`` to ``[1, patch, 1, *patch_shape]``, single precision."""
-    return torch.stack([field[grid.slices(p)] for p in range(grid.num_patches)])[None, :, None].float()
 
 
 def main() -> None:

@@ -38,6 +38,7 @@ from ddpatch.couplings import COUPLINGS
 from ddpatch.decomposition import Decomposition
 from ddpatch.diffusion.solvers import Denoise
 from ddpatch.io.volume import write_volume
+from ddpatch.model.patches import cut, join
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator
 from ddpatch.sample import Sampler
@@ -186,19 +187,6 @@ def averaged(denoise: Denoise, grid: Decomposition, shifts: Callable[[], list[tu
         return cut(total, grid)
 
     return over_tilings
-
-
-def cut(field: Tensor, grid: Decomposition) -> Tensor:
-    """``[sample, channel, *grid]`` to ``[sample, patch, channel, *patch_shape]``."""
-    return torch.stack([field[(..., *grid.slices(p))] for p in range(grid.num_patches)], dim=1)  # type: ignore[index]
-
-
-def join(patches: Tensor, grid: Decomposition) -> Tensor:
-    """The inverse of :func:`cut`."""
-    field = patches.new_empty(len(patches), patches.shape[2], *grid.grid_shape)
-    for p in range(grid.num_patches):
-        field[(..., *grid.slices(p))] = patches[:, p]  # type: ignore[index]
-    return field
 
 
 def measure(flow: Flow, scheme: str, folder: Path) -> dict[str, Any]:

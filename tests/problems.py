@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor
 
 from ddpatch.config import Config, build
 from ddpatch.data.normalisation import Normalisation
-from ddpatch.decomposition import Decomposition
 from ddpatch.io.volume import VolumeHeader, write_volume
 from ddpatch.run import Field
 
@@ -22,25 +20,6 @@ CASES = [  # grid, patch, periodic: nothing here that 2, 3 and 4 ranks all divid
     ((4, 6, 10), (2, 3, 5), (True, True, True)),
     ((6, 4, 4), (2, 2, 4), (True, False, True)),
 ]
-
-
-def within(decomposition: Decomposition, patch: int) -> Any:
-    """Index of a patch in ``[..., *grid]``."""
-    return (..., *decomposition.slices(patch))
-
-
-def cut(field: Tensor, decomposition: Decomposition, patches: range | None = None) -> Tensor:
-    """``[sample, channel, *grid]`` to ``[sample, patch, channel, *patch_shape]``."""
-    numbers = range(decomposition.num_patches) if patches is None else patches
-    return torch.stack([field[within(decomposition, p)] for p in numbers], dim=1)
-
-
-def join(patches: Tensor, decomposition: Decomposition) -> Tensor:
-    """The inverse of :func:`cut` for all patches."""
-    field = patches.new_empty(len(patches), patches.shape[2], *decomposition.grid_shape)
-    for p in range(decomposition.num_patches):
-        field[within(decomposition, p)] = patches[:, p]
-    return field
 
 
 def random_field(samples: int, channels: int, grid: tuple[int, ...], seed: int = 0) -> Tensor:

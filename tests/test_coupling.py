@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from problems import cut, small_config, smooth_fields
+from problems import small_config, smooth_fields
 
 from ddpatch.data.fields import FieldFile
 from ddpatch.io.volume import VolumeHeader, write_volume
+from ddpatch.model.patches import cut
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import measure_field, resolve
 from ddpatch.train import Training

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import cut, random_field, small_config, within, write_fields
+from problems import random_field, small_config, write_fields
 
 from ddpatch.config import Config
 from ddpatch.couplings import COUPLINGS
 from ddpatch.data.fields import FieldFile
 from ddpatch.errors import UserError
+from ddpatch.model.patches import cut, within
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from problems import CASES, cut, join, random_field, smooth_fields, within
+from problems import CASES, random_field, smooth_fields
 from torch import Tensor
 
 from ddpatch.config import ModelConfig
@@ -10,6 +10,7 @@ from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.coarse import GeometricAttention, token_places
 from ddpatch.model.layers import refine
+from ddpatch.model.patches import cut, join, within
 from ddpatch.model.stencil import StencilConvolution
 from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, interpolation, to_canvas
 from ddpatch.model.two_level import TwoLevelModel

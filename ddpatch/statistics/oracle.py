@@ -16,7 +16,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from ddpatch.data.gaussian import draw
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
+from ddpatch.model.patches import cut
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
@@ -97,14 +97,12 @@ class GaussianOracle:
             sigma: Noise level.
             randoms: For every field the generator of field and noise.
         """
-        boxes: list[Any] = [decomposition.slices(patch) for patch in range(decomposition.num_patches)]
         level, found = torch.tensor([sigma], dtype=torch.float64), []
         for random in randoms:
             noisy = draw(self.power, random)
             noisy += sigma * torch.from_numpy(random.standard_normal(tuple(noisy.shape)))
-            patches = torch.stack([noisy[box] for box in boxes])[None, :, None].float()
-            best = self.wiener(noisy, sigma)
-            found.append((denoise(patches, level)[0, :, 0] - torch.stack([best[box] for box in boxes])).square().mean())
+            best = cut(self.wiener(noisy, sigma)[None, None], decomposition)
+            found.append((denoise(cut(noisy[None, None].float(), decomposition), level) - best).square().mean())
         return torch.stack(found)
 
     def points(self, patch_shape: Sequence[int], halo: int) -> Observations:

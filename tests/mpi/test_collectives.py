@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import CASES, cut, random_field
+from problems import CASES, random_field
 from torch import Tensor
 
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
+from ddpatch.model.patches import cut
 from ddpatch.parallel.collectives import Exchange, sum_gradients
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.halo import Halo

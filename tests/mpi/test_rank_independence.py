@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import cut, random_field, small_config, unit_field, write_fields
+from problems import random_field, small_config, unit_field, write_fields
 
 from ddpatch.config import Config
 from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import Decomposition
+from ddpatch.model.patches import cut
 from ddpatch.parallel.collectives import Exchange, sum_gradients
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import make_model, measure_field, resolve
