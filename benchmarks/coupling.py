@@ -3,6 +3,7 @@
     python benchmarks/coupling.py 64x64                      # every coupling, half an hour on two cores; resumes where it was
     python benchmarks/coupling.py 64x64 --couplings default  # one of them
     python benchmarks/coupling.py 32x32x32                   # three dimensions
+    python benchmarks/coupling.py 64x64-adam --couplings default     # the default with Adam instead of Muon
 
 Data are periodic Gaussian random fields of spectrum (1 + (k/2)²)^-p. The error of the best denoiser that sees everything, and of
 the best that sees one patch, are exact (ddpatch/statistics/oracle.py). At every noise level
@@ -26,7 +27,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,8 @@ CASES = {
         {"steps": 2000, "batch": 2, "ema": 500.0},
     ),
 }
+ADAM = {**CASES["64x64"].train, "optimiser": "adam", "learning_rate": 3e-3}
+CASES["64x64-adam"] = replace(CASES["64x64"], train=ADAM)
 
 
 @dataclass(frozen=True)
