@@ -298,7 +298,8 @@ def run(args: argparse.Namespace, comm: Communicator) -> None:
             print(*rows[-len(LEVELS) :], sep="\n", flush=True)
         bounds = find_bounds(case, case.grid, folder / f"bounds-{args.case}.json")
         stem = RESULTS / f"coupling_{args.case}_{os.uname().machine}_{date.today()}"
-        write(case, rows, bounds, stem, f"python benchmarks/coupling.py {args.case} --couplings {' '.join(args.couplings)}")
+        options = f"--couplings {' '.join(args.couplings)} --ranks {args.ranks}"
+        write(case, rows, bounds, stem, f"python benchmarks/coupling.py {args.case} {options}")
 
 
 def main() -> None:

@@ -103,7 +103,7 @@ def train(coupling: str, steps: int, batch: int) -> tuple[Segmenter, float]:
         optimiser.step()
         schedule.step()
         if step % 100 == 99:
-            print(f"{coupling}: step {step + 1}, loss {float(value):.4f}", file=sys.stderr, flush=True)
+            print(f"{coupling}: step {step + 1}, loss {float(value.detach()):.4f}", file=sys.stderr, flush=True)
     return model, time.perf_counter() - start
 
 

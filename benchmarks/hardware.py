@@ -13,4 +13,5 @@ def describe() -> str:
     """Processor, cores and torch, in a line."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {len(os.sched_getaffinity(0))} cores, torch {torch.__version__}, one thread per rank"
+    cores = len(os.sched_getaffinity(0))
+    return f"{name}, {cores} core{'s' * (cores > 1)}, torch {torch.__version__}, one thread per rank"
