@@ -174,7 +174,8 @@ def main() -> None:
     stem = RESULTS / f"discs_{os.uname().machine}_{date.today()}"
     with stem.with_suffix(".csv").open("w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
-    text = report(rows, header, f"python benchmarks/discs.py --steps {args.steps} --batch {args.batch}")
+    options = f"--couplings {' '.join(args.couplings)} --steps {args.steps} --batch {args.batch}"
+    text = report(rows, header, f"python benchmarks/discs.py {options}")
     stem.with_suffix(".md").write_text(text)
     print(text)
 
