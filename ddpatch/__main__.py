@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ def train(args: argparse.Namespace, comm: Communicator) -> None:
         def progress(row: dict[str, Any]) -> None:
             bar.update(row["step"] - bar.n)
             bar.set_postfix_str(
-                f"loss {row['loss']:.4f}, {row['voxels_per_rank_second']:.3g} voxels/s/rank, "
+                f"loss {row['loss'] or math.nan:.4f}, {row['voxels_per_rank_second']:.3g} voxels/s/rank, "
                 f"{row['communication']:.0%} communication, {row['peak_memory_gib']:.2f} GiB"
             )
 

@@ -39,7 +39,7 @@ class Sampler:
     """
 
     def __init__(self, folder: Path, comm: Communicator, grid: Sequence[int] | None = None) -> None:
-        path, state = checkpoint.load_latest(folder)
+        path, state = checkpoint.load_latest(folder, comm)
         self.config: Config = build(state["config"], str(path))
         self.field = Field.from_state(state["statistics"])
         self.samples_seen: int = state["samples_seen"]

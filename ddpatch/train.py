@@ -18,6 +18,7 @@ from ddpatch.data.batches import PatchBatches
 from ddpatch.data.fields import FieldFile
 from ddpatch.diffusion.average import AveragedModel
 from ddpatch.diffusion.denoiser import detached_sum
+from ddpatch.errors import UserError
 from ddpatch.io import checkpoint
 from ddpatch.io.volume import replace_when_complete
 from ddpatch.parallel.collectives import Exchange, sum_gradients
@@ -37,6 +38,7 @@ from ddpatch.run import (
 )
 
 Progress = Callable[[dict[str, Any]], None]
+MOST_SKIPPED = 10
 
 
 class Training:
@@ -69,21 +71,41 @@ class Training:
             config.train.seed,
             config.data.shift,
         )
-        self.step = self.samples_seen = 0
+        self.step = self.samples_seen = self.skipped = self.in_a_row = 0
 
     def advance(self) -> float:
-        """One optimiser step on the next batch; returns the loss, the mean over all elements. Collective."""
+        """One optimiser step on the next batch; returns the loss, the mean over all elements. Collective.
+
+        Where loss or gradients are not finite, on whichever rank, no rank takes the step: it is counted, and the loss is NaN.
+
+        Raises:
+            UserError: on all ranks, after :data:`MOST_SKIPPED` such steps in a row.
+        """
         train = self.config.train
         loss = self.accumulate(*self.next_batch())
         sum_gradients(self.model.parameters(), self.comm)
-        nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.step, train.steps, train.warmup) * train.learning_rate
-        self.optimiser.step()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
+        finite = self.comm.all(bool(torch.isfinite(loss) & torch.isfinite(norm)))
+        if finite:
+            for group in self.optimiser.param_groups:
+                group["lr"] = learning_rate(self.step, train.steps, train.warmup) * train.learning_rate
+            self.optimiser.step()
         self.step += 1
         self.samples_seen += train.batch
-        self.average.update(self.model, train.batch, self.samples_seen)
-        return float(loss)
+        if finite:
+            self.average.update(self.model, train.batch, self.samples_seen)
+        self._count(finite)
+        return float(loss) if finite else math.nan
+
+    def _count(self, finite: bool) -> None:
+        """Count skipped steps, and end the run after too many in a row."""
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        self.skipped += not finite
+        if self.in_a_row == MOST_SKIPPED:
+            raise UserError(
+                f"training: loss or gradients were not finite in {MOST_SKIPPED} steps in a row, from step "
+                f"{self.step - MOST_SKIPPED + 1} on; the weights are those before it"
+            )
 
     def next_batch(self) -> tuple[Tensor, Tensor, Tensor]:
         """Own clean patches and unit noise, ``[sample, local patch, channel, *patch_shape]``, and one σ per sample."""
@@ -141,14 +163,13 @@ def train(config: Config, folder: Path, comm: Communicator, progress: Progress =
     with FieldFile(config.data.path, config.data.name, config.data.axes) as file:
         config = resolve(config, file)
         decompose(config, comm.size)
-        found = comm.broadcast(checkpoint.find_all(folder))[-1:]
-        state = checkpoint.load(found[0]) if found else None
+        origin, state = checkpoint.load_latest(folder, comm) if comm.broadcast(checkpoint.find_all(folder)) else (folder, None)
         if state:
             check_same_run(config, state, folder)
         field = Field.from_state(state["statistics"]) if state else measure_field(config, file, comm)
         training = Training(config, file, field, comm)
         if state:
-            training.restore(state, found[0])
+            training.restore(state, origin)
         comm.on_root(lambda: start_folder(folder, config))
         run_steps(training, folder, progress)
 
@@ -184,7 +205,7 @@ class Log:
             self._board.close()
 
     def add(self, loss: float) -> None:
-        """Take in the loss of one step."""
+        """Take in the loss of one step, NaN where it was skipped."""
         self._losses.append(loss)
 
     def write(self) -> None:
@@ -203,7 +224,8 @@ class Log:
         row = {
             "step": training.step,
             "samples_seen": training.samples_seen,
-            "loss": sum(self._losses) / len(self._losses),
+            "loss": mean_of_finite(self._losses),
+            "skipped": training.skipped,
             "voxels_per_rank_second": points / wall / comm.size,
             "communication": float(ranks[:, 0].mean()) / wall,
             "input": float(ranks[:, 1].mean()) / wall,
@@ -223,6 +245,12 @@ class Log:
         self._losses: list[float] = []
         self._start = time.perf_counter()
         self._comm_seconds, self._io_seconds = self.training.comm.seconds, self.training.batches.seconds
+
+
+def mean_of_finite(values: list[float]) -> float | None:
+    """The mean of those that are finite, ``None`` if none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:

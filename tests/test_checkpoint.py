@@ -49,7 +49,7 @@ def test_a_restored_run_continues_bit_for_bit(tmp_path: Path) -> None:
     model, optimiser = trained()
     saved = checkpoint.save(tmp_path, state_of(model, optimiser, 3), Communicator())
     expected = [train_step(model, optimiser) for _ in range(3)]
-    path, state = checkpoint.load_latest(tmp_path)
+    path, state = checkpoint.load_latest(tmp_path, Communicator())
     other, other_optimiser = trained(steps=0, seed=1)
     checkpoint.restore_weights(other, state["model"], path)
     other_optimiser.load_state_dict(state["optimiser"])
@@ -65,7 +65,7 @@ def test_the_last_two_checkpoints_are_kept_and_the_newest_is_loaded(tmp_path: Pa
         checkpoint.save(tmp_path, state_of(model, optimiser, step), Communicator())
     assert [path.name for path in checkpoint.find_all(tmp_path)] == ["checkpoint_00000100.pt", "checkpoint_00001000.pt"]
     assert len(list(tmp_path.iterdir())) == 2
-    assert checkpoint.load_latest(tmp_path)[1]["step"] == 1000
+    assert checkpoint.load_latest(tmp_path, Communicator())[1]["step"] == 1000
 
 
 def test_a_failing_write_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_failing_write_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000001.pt"]
-    assert checkpoint.load_latest(tmp_path)[1]["step"] == 1
+    assert checkpoint.load_latest(tmp_path, Communicator())[1]["step"] == 1
 
 
 def test_values_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> None:
@@ -99,8 +99,17 @@ def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
     damaged = {"empty": b"", "truncated": whole[:middle], "one byte": whole[:-1], "flipped": flipped, "text": b"hello"}
     path.write_bytes(damaged[damage])
     with pytest.raises(UserError, match=r"checkpoint_00000001\.pt: cannot be read as a checkpoint") as error:
-        checkpoint.load_latest(tmp_path)
+        checkpoint.load_latest(tmp_path, Communicator())
     assert "\n" not in str(error.value)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (1, 2):
+        path = checkpoint.save(tmp_path, state_of(*trained(), step), Communicator())
+    path.write_bytes(path.read_bytes()[:-1])
+    assert checkpoint.load_latest(tmp_path, Communicator())[1]["step"] == 1
+    warning = capsys.readouterr().err
+    assert "checkpoint_00000002.pt: cannot be read" in warning and "taking checkpoint_00000001.pt" in warning
 
 
 class Malicious:
@@ -124,7 +133,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
 
 def test_another_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint here"):
-        checkpoint.load_latest(tmp_path)
+        checkpoint.load_latest(tmp_path, Communicator())
     with pytest.raises(UserError, match="no such checkpoint"):
         checkpoint.load(tmp_path / "none.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")

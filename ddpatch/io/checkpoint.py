@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import zipfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +46,24 @@ def save(folder: str | Path, state: Mapping[str, Any], comm: Communicator, keep:
     return path
 
 
-def load_latest(folder: str | Path) -> tuple[Path, dict[str, Any]]:
-    """Read the checkpoint with the largest step.
+def load_latest(folder: str | Path, comm: Communicator) -> tuple[Path, dict[str, Any]]:
+    """Read the checkpoint with the largest step of those that can be read; the others are named and left alone. Collective.
 
     Raises:
-        UserError: if there is none, or it cannot be read.
+        UserError: on all ranks, if there is none, or none that can be read.
     """
-    paths = find_all(folder)
+    paths = comm.broadcast(find_all(folder))
     if not paths:
         raise UserError(f"{folder}: no checkpoint here, expected a file such as checkpoint_00000500.pt")
-    return paths[-1], load(paths[-1])
+    problems = []
+    for path in reversed(paths):
+        if problem := comm.on_root(partial(_problem, path)):
+            problems.append(problem)
+            continue
+        if comm.rank == 0 and problems:
+            print(*(f"ddpatch: warning: {p}; taking {path.name}" for p in problems), sep="\n", file=sys.stderr, flush=True)
+        return path, load(path)
+    raise UserError(problems[0])
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -104,6 +114,14 @@ def restore_weights(module: nn.Module, weights: Mapping[str, Tensor], path: str 
         if name not in own:
             raise UserError(f"{where} '{name}', of shape {list(tensor.shape)}, is not part of this model")
     module.load_state_dict(weights)
+
+
+def _problem(path: Path) -> str | None:
+    try:
+        load(path)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _write(path: Path, state: dict[str, Any], keep: int) -> None:

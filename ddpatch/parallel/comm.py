@@ -117,6 +117,10 @@ class Communicator:
             self._comm.Allreduce(send, receive, MPI.SUM)
         return tensor.copy_(torch.from_numpy(receive))
 
+    def all(self, holds: bool) -> bool:
+        """Whether something holds on every rank. Collective."""
+        return not float(self.allreduce_(torch.tensor([float(not holds)], dtype=torch.float64))[0])
+
     def alltoall(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Send ``pieces[r]`` to rank r; return what every rank sent here, with the given shapes. Collective."""
         incoming = {rank: pieces[0].new_empty(tuple(shape)) for rank, shape in enumerate(shapes)}
