@@ -42,12 +42,12 @@ from ddpatch.couplings import COUPLINGS
 from ddpatch.decomposition import Decomposition
 from ddpatch.diffusion.solvers import Denoise
 from ddpatch.io.volume import write_volume
+from ddpatch.log import peak_memory
 from ddpatch.model.patches import cut, join
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator
 from ddpatch.sample import Sampler
 from ddpatch.sample import sample as sample_verb
-from ddpatch.train import peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 WORKERS = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))  # trainings at a time, and ranks of a sampling

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ddpatch import __version__
 from ddpatch.config import load
 from ddpatch.errors import UserError
+from ddpatch.notice import parse_duration
 from ddpatch.parallel.comm import Communicator, guard
 
 
@@ -67,7 +68,7 @@ def train(args: argparse.Namespace, comm: Communicator) -> None:
                 f"{row['communication']:.0%} communication, {row['peak_memory_gib']:.2f} GiB"
             )
 
-        run(config, folder, comm, progress)
+        run(config, folder, comm, progress, None if args.time_limit is None else parse_duration(args.time_limit))
         bar.update(config.train.steps - bar.n)
 
 
@@ -161,6 +162,7 @@ def _add_train(verbs: Any) -> None:
     verb.add_argument("config", type=Path, help="YAML file, see configs/")
     verb.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<name of the configuration>)")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, for example train.steps=100")
+    verb.add_argument("--time-limit", metavar="HH:MM:SS", help="leave with a checkpoint and exit code 75 when it is over")
     verb.set_defaults(run_verb=train)
 
 
@@ -194,7 +196,7 @@ def _add_evaluate(verbs: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0, or 2 after a user's mistake."""
+    """Run a verb; returns the exit code: 0, 2 after a user's mistake, or 75 if it left before its work was done."""
 
     def verb(comm: Communicator) -> None:
         args = parser().parse_args(argv)

@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class Left(Exception):
+    """The job leaves before its work is done, which is saved: to be started again, by the batch script too (exit code 75)."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint ``", did you mean 'x'?"`` for a misspelt name, or the empty string."""
     close = difflib.get_close_matches(name, list(known), n=1)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import resource
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,11 @@ from ddpatch.data.batches import PatchBatches
 from ddpatch.data.fields import FieldFile
 from ddpatch.diffusion.average import AveragedModel
 from ddpatch.diffusion.denoiser import detached_sum
-from ddpatch.errors import UserError
+from ddpatch.errors import Left, UserError
 from ddpatch.io import checkpoint
 from ddpatch.io.volume import replace_when_complete
+from ddpatch.log import Log, Progress
+from ddpatch.notice import Notice
 from ddpatch.parallel.collectives import Exchange, sum_gradients
 from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, generator, patch_noise
@@ -37,8 +35,8 @@ from ddpatch.run import (
     training_samples,
 )
 
-Progress = Callable[[dict[str, Any]], None]
 MOST_SKIPPED = 10
+BROKEN, LEAVE = 1, 2  # what ranks tell each other after every step
 
 
 class Training:
@@ -51,10 +49,11 @@ class Training:
         file: The training fields.
         field: What was measured on them.
         comm: The ranks that share every sample.
+        notice: Asked after every step whether to leave.
     """
 
-    def __init__(self, config: Config, file: FieldFile, field: Field, comm: Communicator) -> None:
-        self.config, self.field, self.comm = config, field, comm
+    def __init__(self, config: Config, file: FieldFile, field: Field, comm: Communicator, notice: Notice | None = None) -> None:
+        self.config, self.field, self.comm, self.notice = config, field, comm, notice or Notice()
         self.device = comm.place(config.parallel.device)
         self.decomposition = decompose(config, comm.size)
         self.coupling = Exchange(self.decomposition, comm, config.model.reach)
@@ -72,6 +71,7 @@ class Training:
             config.data.shift,
         )
         self.step = self.samples_seen = self.skipped = self.in_a_row = 0
+        self.leaving = False
 
     def advance(self) -> float:
         """One optimiser step on the next batch; returns the loss, the mean over all elements. Collective.
@@ -85,7 +85,9 @@ class Training:
         loss = self.accumulate(*self.next_batch())
         sum_gradients(self.model.parameters(), self.comm)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
-        finite = self.comm.all(bool(torch.isfinite(loss) & torch.isfinite(norm)))
+        broken = not bool(torch.isfinite(loss) & torch.isfinite(norm))
+        flags = self.comm.union(BROKEN * broken | LEAVE * self.notice.given())
+        finite, self.leaving = not flags & BROKEN, bool(flags & LEAVE)
         if finite:
             for group in self.optimiser.param_groups:
                 group["lr"] = learning_rate(self.step, train.steps, train.warmup) * train.learning_rate
@@ -148,7 +150,13 @@ class Training:
         self.step, self.samples_seen = state["step"], state["samples_seen"]
 
 
-def train(config: Config, folder: Path, comm: Communicator, progress: Progress = lambda row: None) -> None:
+def train(
+    config: Config,
+    folder: Path,
+    comm: Communicator,
+    progress: Progress = lambda row: None,
+    time_limit: float | None = None,
+) -> None:
     """Train until ``train.steps`` steps are done, from the newest checkpoint in ``folder`` if there is one. Collective.
 
     Arguments:
@@ -156,18 +164,20 @@ def train(config: Config, folder: Path, comm: Communicator, progress: Progress =
         folder: Of the run: config.yaml, log.jsonl and checkpoints.
         comm: The ranks that share every sample.
         progress: Called on rank 0 with every row of the log.
+        time_limit: Seconds after which to leave.
 
     Raises:
+        Left: on all ranks, after a signal to one of them or at the end of the time, when a checkpoint is written.
         UserError: if configuration, data and an earlier part of the run do not fit together.
     """
-    with FieldFile(config.data.path, config.data.name, config.data.axes) as file:
+    with Notice(time_limit) as notice, FieldFile(config.data.path, config.data.name, config.data.axes) as file:
         config = resolve(config, file)
         decompose(config, comm.size)
         origin, state = checkpoint.load_latest(folder, comm) if comm.broadcast(checkpoint.find_all(folder)) else (folder, None)
         if state:
             check_same_run(config, state, folder)
         field = Field.from_state(state["statistics"]) if state else measure_field(config, file, comm)
-        training = Training(config, file, field, comm)
+        training = Training(config, file, field, comm, notice)
         if state:
             training.restore(state, origin)
         comm.on_root(lambda: start_folder(folder, config))
@@ -180,77 +190,15 @@ def run_steps(training: Training, folder: Path, progress: Progress) -> None:
     with Log(folder / "log.jsonl", training, progress) as log:
         while training.step < settings.steps:
             loss = training.advance()
-            last = training.step == settings.steps
+            done = training.step == settings.steps
+            last = done or training.leaving
             log.add(loss)
             if last or training.step % settings.log_every == 0:
                 log.write()
             if last or training.step % settings.checkpoint_every == 0:
                 checkpoint.save(folder, training.state(), comm)
-
-
-class Log:
-    """The rows of log.jsonl, written by rank 0: means over the steps since the row before."""
-
-    def __init__(self, path: Path, training: Training, progress: Progress) -> None:
-        self.training, self.progress = training, progress
-        self._path = path if training.comm.rank == 0 else None
-        self._board = _tensorboard(path.parent) if self._path else None
-        self._reset()
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._board:
-            self._board.close()
-
-    def add(self, loss: float) -> None:
-        """Take in the loss of one step, NaN where it was skipped."""
-        self._losses.append(loss)
-
-    def write(self) -> None:
-        """Write a row and begin anew. Collective."""
-        training, wall = self.training, time.perf_counter() - self._start
-        comm, points = training.comm, training.decomposition.num_points * training.config.train.batch * len(self._losses)
-        local = torch.tensor(
-            [
-                training.comm.seconds - self._comm_seconds,
-                training.batches.seconds - self._io_seconds,
-                peak_memory(training.device),
-            ],
-            dtype=torch.float64,
-        )
-        ranks = comm.allgather(local[None], [1] * comm.size)
-        row = {
-            "step": training.step,
-            "samples_seen": training.samples_seen,
-            "loss": mean_of_finite(self._losses),
-            "skipped": training.skipped,
-            "voxels_per_rank_second": points / wall / comm.size,
-            "communication": float(ranks[:, 0].mean()) / wall,
-            "input": float(ranks[:, 1].mean()) / wall,
-            "peak_memory_gib": float(ranks[:, 2].max()) / 2**30,
-            "seconds": wall,
-        }
-        if self._path:
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            if self._board:
-                for key in ("loss", "voxels_per_rank_second"):
-                    self._board.add_scalar(key, row[key], training.step)
-            self.progress(row)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._losses: list[float] = []
-        self._start = time.perf_counter()
-        self._comm_seconds, self._io_seconds = self.training.comm.seconds, self.training.batches.seconds
-
-
-def mean_of_finite(values: list[float]) -> float | None:
-    """The mean of those that are finite, ``None`` if none is."""
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else None
+            if training.leaving and not done:
+                raise Left(f"left on notice after step {training.step}, with a checkpoint; the same command goes on from there")
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:
@@ -259,22 +207,7 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return ramp * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def peak_memory(device: torch.device) -> float:
-    """Largest memory so far in bytes: of the device's allocator, or of this process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
 def start_folder(folder: Path, config: Config) -> None:
     """Make the folder of a run and write the resolved configuration into it."""
     with replace_when_complete(folder / "config.yaml", overwrite=True) as temporary:
         temporary.write_text(config.as_yaml())
-
-
-def _tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder / "tensorboard"))

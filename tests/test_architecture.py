@@ -11,10 +11,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ddpatch"
 FLOORS = [
-    ("errors", "couplings", "config", "decomposition", "random"),
+    ("errors", "couplings", "config", "decomposition", "random", "notice"),
     ("parallel.comm", "model", "diffusion", "optimiser"),
     ("parallel", "data", "io", "statistics"),
-    ("run", "train", "sample", "simulate", "evaluate", "info"),
+    ("run", "log", "train", "sample", "simulate", "evaluate", "info"),
     ("__main__",),
 ]
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpatch.errors import UserError
+from ddpatch.errors import Left, UserError
 
 mpi4py.rc.initialize = False  # the launcher is checked before MPI_Init, which would otherwise end the process with its own words
 mpi4py.rc.finalize = True
@@ -34,6 +34,7 @@ LAUNCHERS = {  # size variable: (launcher, what the MPI library calls itself; No
 RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 GRACE_SECONDS = 2.0
 FORWARD_SECONDS = 0.5
+LEFT = os.EX_TEMPFAIL
 
 
 class Communicator:
@@ -117,9 +118,12 @@ class Communicator:
             self._comm.Allreduce(send, receive, MPI.SUM)
         return tensor.copy_(torch.from_numpy(receive))
 
-    def all(self, holds: bool) -> bool:
-        """Whether something holds on every rank. Collective."""
-        return not float(self.allreduce_(torch.tensor([float(not holds)], dtype=torch.float64))[0])
+    def union(self, flags: int) -> int:
+        """The bitwise or of all ranks' flags: one reduction of 8 bytes. Collective."""
+        send, receive = np.array([flags], np.int64), np.empty(1, np.int64)
+        with self._counted("union", send.nbytes):
+            self._comm.Allreduce(send, receive, MPI.BOR)
+        return int(receive[0])
 
     def alltoall(self, pieces: Sequence[Tensor], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
         """Send ``pieces[r]`` to rank r; return what every rank sent here, with the given shapes. Collective."""
@@ -240,7 +244,8 @@ class Communicator:
 def guard(verb: Callable[[Communicator], None]) -> int:
     """Run a verb on all ranks under the rules of failure; returns the exit code. Collective.
 
-    A :class:`UserError` becomes one line and code 2. Any other exception ends the job with this rank's traceback.
+    A :class:`UserError` becomes one line and code 2, a :class:`Left`, which all ranks raise together, one line and code 75. Any
+    other exception ends the job with this rank's traceback.
     """
     try:
         comm = Communicator()
@@ -252,6 +257,10 @@ def guard(verb: Callable[[Communicator], None]) -> int:
         verb(comm)
     except UserError as mistake:
         return comm.refuse(mistake)
+    except Left as left:
+        if comm.rank == 0:
+            print(f"ddpatch: {left}", file=sys.stderr, flush=True)
+        return LEFT
     return 0
 
 

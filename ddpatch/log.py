@@ -1,0 +1,98 @@
+"""The log of a training run: rows of means, written by rank 0."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ddpatch.train import Training
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Log:
+    """The rows of log.jsonl, written by rank 0: means over the steps since the row before."""
+
+    def __init__(self, path: Path, training: Training, progress: Progress) -> None:
+        self.training, self.progress = training, progress
+        self._path = path if training.comm.rank == 0 else None
+        self._board = _tensorboard(path.parent) if self._path else None
+        self._reset()
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._board:
+            self._board.close()
+
+    def add(self, loss: float) -> None:
+        """Take in the loss of one step, NaN where it was skipped."""
+        self._losses.append(loss)
+
+    def write(self) -> None:
+        """Write a row and begin anew. Collective."""
+        training, wall = self.training, time.perf_counter() - self._start
+        comm, points = training.comm, training.decomposition.num_points * training.config.train.batch * len(self._losses)
+        local = torch.tensor(
+            [
+                training.comm.seconds - self._comm_seconds,
+                training.batches.seconds - self._io_seconds,
+                peak_memory(training.device),
+            ],
+            dtype=torch.float64,
+        )
+        ranks = comm.allgather(local[None], [1] * comm.size)
+        row = {
+            "step": training.step,
+            "samples_seen": training.samples_seen,
+            "loss": mean_of_finite(self._losses),
+            "skipped": training.skipped,
+            "voxels_per_rank_second": points / wall / comm.size,
+            "communication": float(ranks[:, 0].mean()) / wall,
+            "input": float(ranks[:, 1].mean()) / wall,
+            "peak_memory_gib": float(ranks[:, 2].max()) / 2**30,
+            "seconds": wall,
+        }
+        if self._path:
+            with self._path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            if self._board:
+                for key in ("loss", "voxels_per_rank_second"):
+                    self._board.add_scalar(key, row[key], training.step)
+            self.progress(row)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._losses: list[float] = []
+        self._start = time.perf_counter()
+        self._comm_seconds, self._io_seconds = self.training.comm.seconds, self.training.batches.seconds
+
+
+def mean_of_finite(values: list[float]) -> float | None:
+    """The mean of those that are finite, ``None`` if none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory so far in bytes: of the device's allocator, or of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder / "tensorboard"))
