@@ -67,7 +67,8 @@ class Log:
                 file.write(json.dumps(row) + "\n")
             if self._board:
                 for key in ("loss", "voxels_per_rank_second"):
-                    self._board.add_scalar(key, row[key], training.step)
+                    if row[key] is not None:
+                        self._board.add_scalar(key, row[key], training.step)
             self.progress(row)
         self._reset()
 
