@@ -4,9 +4,10 @@
     python benchmarks/turbulence.py --full       # for a GPU: larger fields, wider networks, longer training
 
 Two flows: two-dimensional Kolmogorov flow on 16 patches, forced isotropic turbulence on 8 patches. Schemes: one U-Net on the
-whole domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); a random
-shift of the tiling at every step (PaDIS); halo only; tokens only; both. MultiDiffusion and PaDIS sample with the network of the
-independent patches, on one rank. Where there is no transformer the coarsest level is wider for it.
+whole domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); independent
+patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. MultiDiffusion and PaDIS sample with the network
+of the independent patches. Where patches are coupled the tiling moves too, as it does by default; "fixed tiling" is without.
+Where there is no transformer the coarsest level is wider for it.
 
 Figures are distances to an independent reference in units of the noise floor, that is of the distance between two halves of the
 reference (ddpatch evaluate), and the mean |ln(E_gen / E_ref)| over the resolved shells itself. The seam ratio J is given itself:
@@ -24,7 +25,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -52,13 +52,14 @@ from ddpatch.sample import sample as sample_verb
 RESULTS = Path(__file__).parent / "results"
 WORKERS = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))  # trainings at a time, and ranks of a sampling
 SCHEMES = {  # name: (coupling of the network, how it is sampled)
-    "full domain": ("full-domain", "plain"),
-    "independent patches": ("none", "plain"),
+    "full domain": ("full-domain", "moving"),
+    "independent patches": ("none", "fixed"),
     "overlapping windows": ("none", "overlap"),
-    "shifted tiling": ("none", "shift"),
-    "halo": ("halo", "plain"),
-    "tokens": ("tokens", "plain"),
-    "halo and tokens": ("two-level", "plain"),
+    "moving tiling": ("none", "moving"),
+    "halo": ("halo", "moving"),
+    "tokens": ("tokens", "moving"),
+    "halo and tokens": ("two-level", "moving"),
+    "halo and tokens, fixed tiling": ("two-level", "fixed"),
 }
 DISTANCES = {
     "spectrum": "spectrum",
@@ -152,32 +153,24 @@ def worker(run: Path, way: str, count: int, output: Path) -> None:
     sampler = Sampler(run, comm)
     comm.bytes.clear()
     start = time.perf_counter()
-    if way == "plain":
-        sample_verb(run, output, count, comm, overwrite=True)
+    if way == "overlap":
+        draw_overlapping(sampler, count, output)
     else:
-        draw_otherwise(sampler, way, count, output)
+        sample_verb(run, output, count, comm, shift=way == "moving", overwrite=True)
     facts = {
         "seconds": (time.perf_counter() - start) / count,
         "memory": max(comm.gather(peak_memory(sampler.device))) / 2**30,
-        "bytes": sum(comm.gather(sum(comm.bytes[kind] for kind in ("halo", "allgather")))) / count * (comm.size > 1),
+        "bytes": sum(comm.gather(sum(comm.bytes[kind] for kind in ("halo", "allgather", "roll")))) / count * (comm.size > 1),
         "parameters": count_parameters(sampler.model),
     }
     if comm.rank == 0:
         print(json.dumps(facts))
 
 
-def draw_otherwise(sampler: Sampler, way: str, count: int, output: Path) -> None:
-    """Sample with the network of independent patches, in windows that move."""
-    grid, alone = sampler.decomposition, sampler.denoise
-    random = torch.Generator().manual_seed(0)
-    half = [n // 2 for n in grid.patch_shape]
-
-    def shifts() -> list[tuple[int, ...]]:
-        if way == "overlap":
-            return list(product(*((0, h) for h in half)))
-        return [tuple(int(torch.randint(n, (), generator=random)) for n in grid.patch_shape)]
-
-    sampler.denoise = averaged(alone, grid, shifts)  # type: ignore[assignment]
+def draw_overlapping(sampler: Sampler, count: int, output: Path) -> None:
+    """Sample with windows that overlap by half a patch, on one rank."""
+    grid = sampler.decomposition
+    sampler.denoise = averaged(sampler.denoise, grid)  # type: ignore[assignment]
     batch = sampler.config.train.batch
     fields = (
         join(patches, grid)[0].numpy()
@@ -187,15 +180,16 @@ def draw_otherwise(sampler: Sampler, way: str, count: int, output: Path) -> None
     write_volume(output, sampler.header(count), fields, overwrite=True)
 
 
-def averaged(denoise: Denoise, grid: Decomposition, shifts: Callable[[], list[tuple[int, ...]]]) -> Denoise:
-    """The mean of the predictions in several shifted tilings."""
+def averaged(denoise: Denoise, grid: Decomposition) -> Denoise:
+    """The mean of the predictions in all tilings that are shifted by half a patch."""
+    shifts = list(product(*((0, n // 2) for n in grid.patch_shape)))
 
     def over_tilings(x: Tensor, sigma: Tensor) -> Tensor:
         field, total = join(x, grid), torch.zeros(())
-        dims, chosen = tuple(range(2, field.ndim)), shifts()
-        for shift in chosen:
+        dims = tuple(range(2, field.ndim))
+        for shift in shifts:
             found = join(denoise(cut(field.roll([-s for s in shift], dims), grid), sigma), grid)
-            total = total + found.roll(shift, dims) / len(chosen)
+            total = total + found.roll(shift, dims) / len(shifts)
         return cut(total, grid)
 
     return over_tilings
@@ -204,8 +198,8 @@ def averaged(denoise: Denoise, grid: Decomposition, shifts: Callable[[], list[tu
 def measure(flow: Flow, scheme: str, folder: Path) -> dict[str, Any]:
     """Sample and evaluate one scheme."""
     coupling, way = SCHEMES[scheme]
-    stem = scheme.replace(" ", "-")
-    ranks = WORKERS if way == "plain" and coupling != "full-domain" else 1
+    stem = scheme.replace(",", "").replace(" ", "-")
+    ranks = WORKERS if way != "overlap" and coupling != "full-domain" else 1
     samples, report = folder / f"{stem}.h5", folder / f"{stem}-report"
     command = (__file__, "--worker", str(folder / coupling), way, str(flow.samples[2]), str(samples))
     facts = launch(ranks, *command, threads=WORKERS // ranks).splitlines()[-1]

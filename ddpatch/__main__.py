@@ -89,6 +89,7 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
             comm,
             args.solver,
             args.steps,
+            args.shift,
             args.seed,
             args.grid,
             args.mode,
@@ -173,6 +174,8 @@ def _add_sample(verbs: Any) -> None:
     verb.add_argument("--output", type=Path, required=True, help="HDF5 file to write; an XDMF sidecar appears beside it")
     verb.add_argument("--solver", help="heun or dpm++2m (default: that of the run)")
     verb.add_argument("--steps", type=int, help="solver steps (default: those of the run)")
+    flag = argparse.BooleanOptionalAction
+    verb.add_argument("--shift", action=flag, help="tile from another origin in every evaluation (default: as the run says)")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--grid", type=int, nargs="+", metavar="N", help="points of the samples, [nz] ny nx (default: as trained)")
     verb.add_argument("--mode", help="gather, virtual, mpio or auto (default: that of the run)")

@@ -147,10 +147,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """How samples are drawn: ``solver`` is ``heun`` or ``dpm++2m``, ``steps`` the number of solver steps."""
+    """How samples are drawn: ``solver`` is ``heun`` or ``dpm++2m``, ``steps`` the number of solver steps. ``shift`` lets the
+    patches tile the grid from another origin in every evaluation, along periodic axes, where the training did so too.
+    """
 
     solver: str = "dpm++2m"
     steps: int = 20
+    shift: bool = True
 
     def __post_init__(self) -> None:
         _one_of(self.solver, ("heun", "dpm++2m"), "sample.solver")

@@ -27,6 +27,7 @@ class Stream(IntEnum):
     SHIFT = 4
     SAMPLE = 5
     SIMULATION = 6
+    TILING = 7
 
 
 def generator(seed: int, stream: Stream, *identity: int) -> np.random.Generator:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpatch import __version__
 from ddpatch.config import Config, build
-from ddpatch.diffusion.solvers import make_solver
+from ddpatch.diffusion.solvers import Denoise, make_solver
 from ddpatch.errors import UserError
 from ddpatch.io import checkpoint
 from ddpatch.io.volume import VolumeHeader
@@ -20,10 +20,38 @@ from ddpatch.io.writers import open_writer
 from ddpatch.io.xdmf import write_sidecar
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
-from ddpatch.random import Stream, patch_noise
+from ddpatch.parallel.roll import roll
+from ddpatch.random import Stream, generator, patch_noise
 from ddpatch.run import Field, decompose, dtype, make_denoiser, make_model
 
 Progress = Callable[[int], None]
+
+
+class MovingTiling:
+    """The denoiser with the patches' borders somewhere else in every evaluation.
+
+        D_s(x) = R_-s D(R_s x),   (R_s x)(i) = x(i + s),
+
+    with s uniform over a patch, along periodic axes. Whatever a border does to a prediction, no point is near one twice in a row.
+    For denoisers of independent patches the idea is that of PaDIS (Hu et al., NeurIPS 2024).
+
+    Arguments:
+        denoise: D(x, σ) on own patches.
+        coupling: The grid, its patches and the ranks that share it.
+        seed: Evaluation n has the same shift for all samples of a seed.
+    """
+
+    def __init__(self, denoise: Denoise, coupling: Exchange, seed: int) -> None:
+        self.denoise, self.coupling, self.seed = denoise, coupling, seed
+        self.evaluations = 0
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """Evaluate in the next tiling. Collective."""
+        grid, comm = self.coupling.decomposition, self.coupling.comm
+        drawn = generator(self.seed, Stream.TILING, self.evaluations).integers(grid.patch_shape).tolist()
+        shifts = [s if wraps else 0 for s, wraps in zip(drawn, grid.periodic, strict=True)]
+        self.evaluations += 1
+        return roll(self.denoise(roll(x, shifts, grid, comm), sigma), [-s for s in shifts], grid, comm)
 
 
 class Sampler:
@@ -57,7 +85,15 @@ class Sampler:
         self.denoise = make_denoiser(self.config, self.field, self.model.to(self.device).eval(), self.coupling)
 
     @torch.no_grad()
-    def draw(self, samples: Sequence[int], seed: int, solver: str, steps: int, progress: Progress = lambda done: None) -> Tensor:
+    def draw(
+        self,
+        samples: Sequence[int],
+        seed: int,
+        solver: str,
+        steps: int,
+        shift: bool = False,
+        progress: Progress = lambda done: None,
+    ) -> Tensor:
         """Own patches of some samples in physical units. Collective.
 
         Arguments:
@@ -65,6 +101,7 @@ class Sampler:
             seed: Of the series.
             solver: Name of the solver.
             steps: Number of solver steps.
+            shift: Move the tiling, where :attr:`movable`.
             progress: Called after every step with the number of steps done.
 
         Returns:
@@ -73,11 +110,19 @@ class Sampler:
         shape = (len(self.field.channels), *self.decomposition.patch_shape)
         noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config)).to(self.device)
         sigmas = self.field.schedule.steps(steps)
+        denoise = MovingTiling(self.denoise, self.coupling, seed) if shift and self.movable else self.denoise
         x = noise * float(sigmas[0])
-        for done, state in enumerate(make_solver(solver, self.denoise).trajectory(x, sigmas), start=1):
+        for done, state in enumerate(make_solver(solver, denoise).trajectory(x, sigmas), start=1):
             x = state
             progress(done)
         return self.field.normalisation.restore(x)
+
+    @property
+    def movable(self) -> bool:
+        """Whether patches may tile the grid from any origin: it closes on itself, the training drew its origin at random, and
+        patches are not told where they are.
+        """
+        return self.config.data.shift and self.config.model.positions == 0 and any(self.decomposition.periodic)
 
     def header(self, count: int, **provenance: Any) -> VolumeHeader:
         """The header of a file of ``count`` samples."""
@@ -105,6 +150,7 @@ def sample(
     comm: Communicator,
     solver: str | None = None,
     steps: int | None = None,
+    shift: bool | None = None,
     seed: int = 0,
     grid: Sequence[int] | None = None,
     mode: str | None = None,
@@ -118,7 +164,7 @@ def sample(
         output: File of the samples.
         count: Number of samples; sample k depends on ``seed`` and k only.
         comm: The ranks that share every sample.
-        solver, steps, mode: Override the configuration of the run.
+        solver, steps, shift, mode: Override the configuration of the run.
         seed: Of the series.
         grid: Points of the samples' grid. Default: that of the training.
         overwrite: Replace an existing file.
@@ -132,12 +178,13 @@ def sample(
     sampler = Sampler(folder, comm, grid)
     defaults = sampler.config.sample
     solver, steps = solver or defaults.solver, steps or defaults.steps
+    shift = (defaults.shift if shift is None else shift) and sampler.movable
     batch, total = sampler.config.train.batch, -(-count // sampler.config.train.batch) * steps
-    header = sampler.header(count, seed=seed, solver=solver, steps=steps)
+    header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift)
     with open_writer(output, header, sampler.decomposition, comm, mode or sampler.config.output.mode, overwrite) as writer:
         for start in range(0, count, batch):
             numbers, before = range(start, min(start + batch, count)), start // batch * steps
-            drawn = sampler.draw(numbers, seed, solver, steps, partial(_report, progress, before, total))
+            drawn = sampler.draw(numbers, seed, solver, steps, shift, partial(_report, progress, before, total))
             for number, patches in zip(numbers, drawn, strict=True):
                 writer.write(number, patches.to("cpu", torch.float32))
     comm.on_root(lambda: write_sidecar(output, header, overwrite=True))

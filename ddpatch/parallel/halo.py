@@ -29,10 +29,30 @@ class Move(NamedTuple):
     patches: list[int]
 
 
+def routes(decomposition: Decomposition, rank: int, offset: Index) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Who sends to whom, where every patch receives from its neighbour in direction ``offset``.
+
+    Returns:
+        Local numbers of this rank's patches, by the rank that they are sent to, and by the rank that they receive from. Both ends
+        of a message list its pieces by receiving patch.
+    """
+    own, opposite = decomposition.local_patches(rank), tuple(-o for o in offset)
+    outgoing: dict[int, list[int]] = defaultdict(list)
+    incoming: dict[int, list[int]] = defaultdict(list)
+    receivers = ((decomposition.neighbour(patch, opposite), patch) for patch in own)
+    for receiver, patch in sorted((r, p) for r, p in receivers if r is not None):
+        outgoing[decomposition.owner(receiver)].append(patch - own.start)
+    for patch in own:
+        sender = decomposition.neighbour(patch, offset)
+        if sender is not None:
+            incoming[decomposition.owner(sender)].append(patch - own.start)
+    return outgoing, incoming
+
+
 class Halo:
     """The plan of the halo exchange of one rank, made without communication.
 
-    Both ends of a message list its pieces in the same order: by direction, then by receiving patch.
+    Both ends of a message list its pieces in the same order: by direction, then as :func:`routes` says.
 
     Arguments:
         decomposition: The grid, its patches and their owners.
@@ -53,18 +73,8 @@ class Halo:
             self._plan(decomposition)
 
     def _plan(self, decomposition: Decomposition) -> None:
-        own = decomposition.local_patches(self.rank)
         for offset in decomposition.offsets:
-            outgoing: dict[int, list[int]] = defaultdict(list)
-            incoming: dict[int, list[int]] = defaultdict(list)
-            opposite = tuple(-o for o in offset)
-            receivers = ((decomposition.neighbour(patch, opposite), patch) for patch in own)
-            for receiver, patch in sorted((r, p) for r, p in receivers if r is not None):
-                outgoing[decomposition.owner(receiver)].append(patch - own.start)
-            for patch in own:
-                sender = decomposition.neighbour(patch, offset)
-                if sender is not None:
-                    incoming[decomposition.owner(sender)].append(patch - own.start)
+            outgoing, incoming = routes(decomposition, self.rank, offset)
             for peer, patches in outgoing.items():
                 self._sends[peer].append(Move(offset, patches))
             for peer, patches in incoming.items():

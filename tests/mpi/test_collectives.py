@@ -14,6 +14,7 @@ from ddpatch.model.patches import cut
 from ddpatch.parallel.collectives import Exchange, sum_gradients
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.halo import Halo
+from ddpatch.parallel.roll import roll
 
 pytestmark = pytest.mark.mpi(min_size=1)
 
@@ -45,6 +46,25 @@ def test_windows_are_boxes_of_the_padded_field(
         place = zip(decomposition.start(number), patch, strict=True)
         box: Any = (..., *(slice(s, s + n + 2 * width) for s, n in place))
         assert torch.equal(windows[:, i], whole[box])
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("grid", "patch", "periodic"), CASES)
+def test_patches_of_a_rolled_field(
+    comm: Communicator, grid: tuple[int, ...], patch: tuple[int, ...], periodic: tuple[bool, ...], sign: int
+) -> None:
+    decomposition = Decomposition(grid, patch, comm.size, periodic)
+    own, field = decomposition.local_patches(comm.rank), random_field(2, 3, grid)
+    shifts = [sign * (n - 1 - axis) if wraps else 0 for axis, (n, wraps) in enumerate(zip(patch, periodic, strict=True))]
+    rolled = field.roll([-s for s in shifts], tuple(range(2, field.ndim)))
+    assert torch.equal(roll(cut(field, decomposition, own), shifts, decomposition, comm), cut(rolled, decomposition, own))
+
+
+def test_a_roll_by_a_patch_or_through_a_wall_is_refused(comm: Communicator) -> None:
+    decomposition = Decomposition((8, 8), (4, 4), 1, (True, False))
+    for shifts in ([4, 0], [0, 1]):
+        with pytest.raises(ValueError, match="shift"):
+            roll(torch.zeros(1, 4, 1, 4, 4), shifts, decomposition, comm.split(comm.rank))
 
 
 @pytest.mark.parametrize(("grid", "patch", "periodic"), CASES)
