@@ -62,7 +62,8 @@ class ModelConfig:
     ``blocks`` residual blocks per level and side; ``halo`` width in points; ``tokens`` per axis and patch; ``token_channels``
     latent features per token (what the allgather carries, besides block means); ``coarse_*`` the vision transformer;
     ``positions`` Fourier modes of the physical coordinates fed to the encoder and to the tokens (0 for homogeneous data);
-    ``whiten`` puts the first convolution on stencils whitened with the data's covariance (:mod:`ddpatch.model.stencil`).
+    ``whiten`` puts the first convolution on stencils whitened with the data's covariance (:mod:`ddpatch.model.stencil`);
+    ``wiener`` adds the exact linear denoiser of the data's covariance (:mod:`ddpatch.model.wiener`).
     """
 
     coupling: str = "two-level"
@@ -76,6 +77,7 @@ class ModelConfig:
     coarse_heads: int = 4
     positions: int = 0
     whiten: bool = True
+    wiener: bool = True
 
     def __post_init__(self) -> None:
         _one_of(self.coupling, tuple(COUPLINGS), "model.coupling")

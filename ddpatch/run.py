@@ -23,9 +23,11 @@ from ddpatch.diffusion.weighting import RelativeError, edm
 from ddpatch.errors import UserError
 from ddpatch.model.tokens import check_tokens
 from ddpatch.model.two_level import Coupling, OwnPatch, TwoLevelModel
+from ddpatch.model.wiener import LinearPart
 from ddpatch.optimiser import Muon
 from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, generator
+from ddpatch.statistics.covariance import Moments, measure_moments
 from ddpatch.statistics.spectrum import mode_deviation
 
 FREE_TO_CHANGE: dict[str, set[str] | None] = {  # None: every key of the section
@@ -48,6 +50,8 @@ class Field:
         sigma_min, sigma_max: Noise levels, in units of the normalised data's deviation.
         spectrum: Standard deviation of an orthonormal Fourier mode of the normalised data, and number of modes, by shell.
         stencil: Covariance of the normalised data on 3^d points, ``[channel 3^d, channel 3^d]``.
+        moments: Second moments of the normalised data, for ``model.wiener``.
+        grid: Points of the grid whose wave numbers the moments have.
     """
 
     channels: tuple[str, ...]
@@ -57,6 +61,8 @@ class Field:
     sigma_max: float
     stencil: tuple[tuple[float, ...], ...]
     spectrum: tuple[tuple[float, ...], tuple[float, ...]]
+    moments: Moments | None = None
+    grid: tuple[int, ...] = ()
 
     @property
     def schedule(self) -> Schedule:
@@ -64,14 +70,18 @@ class Field:
         return Schedule(self.sigma_min, self.sigma_max)
 
     def as_state(self) -> dict[str, Any]:
-        """For checkpoints: plain lists and numbers."""
-        return dataclasses.asdict(self)
+        """For checkpoints: plain lists, numbers and tensors."""
+        moments = None if self.moments is None else self.moments._asdict()
+        return {**dataclasses.asdict(dataclasses.replace(self, moments=None)), "moments": moments}
 
     @staticmethod
     def from_state(state: dict[str, Any]) -> Field:
         """The inverse of :meth:`as_state`."""
         affine = Normalisation(*(tuple(state["normalisation"][key]) for key in ("mean", "std")))
-        return Field(**{**state, "normalisation": affine})
+        if "moments" not in state:
+            raise UserError("the checkpoint is of an earlier version, and holds no moments of the data; train anew")
+        moments = None if state["moments"] is None else Moments(**state["moments"])
+        return Field(**{**state, "normalisation": affine, "moments": moments})
 
 
 def resolve(config: Config, file: FieldFile) -> Config:
@@ -117,7 +127,28 @@ def measure_field(config: Config, file: FieldFile, comm: Communicator, most: int
     stencil = measure_stencil(file, picked, affine, comm)
     rows = tuple(tuple(row) for row in stencil.tolist())
     spectrum = tuple(deviation.tolist()), tuple(modes.tolist())
-    return Field(file.header.channels, file.header.spacing, affine, low, high, rows, spectrum)
+    moments = None
+    if config.model.wiener:
+        tokens = [n * config.model.tokens for n in decompose(config, 1).patch_grid]
+        lags, waves = [2 * n for n in stencil_reach(config)], [n // 2 for n in tokens]
+        moments = measure_moments(file, picked, grid, affine, lags, waves, comm)
+    return Field(file.header.channels, file.header.spacing, affine, low, high, rows, spectrum, moments, grid)
+
+
+def stencil_reach(config: Config) -> tuple[int, ...]:
+    """How far the linear part sees around a point: the halo, but not through walls, and nothing where patches are alone."""
+    reach = 0 if config.model.paths.alone else config.model.reach
+    assert config.domain.periodic is not None
+    return tuple(reach if wraps else 0 for wraps in config.domain.periodic)
+
+
+def make_linear(config: Config, field: Field) -> LinearPart | None:
+    """The exact linear denoiser of the data, with a coarse part where block means of a periodic grid are gathered."""
+    if not config.model.wiener or field.moments is None:
+        return None
+    paths, periodic = config.model.paths, config.domain.periodic
+    gathered = paths.coarse and paths.means and not paths.alone and periodic and all(periodic)
+    return LinearPart(stencil_reach(config), field.moments.lags, field.moments.power if gathered else None, field.grid)
 
 
 def training_samples(config: Config, file: FieldFile) -> range:
@@ -140,7 +171,8 @@ def make_model(config: Config, field: Field) -> TwoLevelModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(generator(config.train.seed, Stream.INIT).integers(2**62)))
         periodic = (False,) * len(domain.patch) if model.paths.alone else domain.periodic
-        network = TwoLevelModel(len(field.channels), len(domain.patch), model, periodic).to(dtype(config))
+        network = TwoLevelModel(len(field.channels), len(domain.patch), model, periodic, make_linear(config, field))
+        network = network.to(dtype(config))
     if model.whiten:
         network.encoder.stem.stencil.whiten(torch.tensor(field.stencil, dtype=torch.float64))
     return network

@@ -48,7 +48,7 @@ class ResidualBlock(nn.Module):
         beyond = "circular" if wraps else "zeros"
         self.norm1, self.norm2 = PointNorm(inputs), PointNorm(outputs)
         self.conv1 = conv(inputs, outputs, 3, padding=1, padding_mode=beyond)
-        self.conv2 = _zero(conv(outputs, outputs, 3, padding=1, padding_mode=beyond))
+        self.conv2 = zero(conv(outputs, outputs, 3, padding=1, padding_mode=beyond))
         self.modulation = nn.Linear(embedding, 2 * outputs)
         self.skip = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
 
@@ -134,7 +134,8 @@ def _halving(cells: int) -> Tensor:
     return weights
 
 
-def _zero(module: nn.Conv2d | nn.Conv3d) -> nn.Conv2d | nn.Conv3d:
+def zero(module: nn.Conv2d | nn.Conv3d) -> nn.Conv2d | nn.Conv3d:
+    """A convolution that gives 0 until it is trained."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -20,7 +20,7 @@ class Restriction(nn.Module):
     """q^d tokens per patch: compressed latent features, and the block means of the patch itself.
 
     The block means let the coarse level see the field at high noise, where the mean over the m points of a token's cell has far
-    less noise than a point. They are scaled to about unit variance, by sqrt((1 + σ²) / (1 + σ²/m)).
+    less noise than a point. They are scaled to about unit variance (:func:`mean_scale`).
 
     Arguments:
         ndim: 2 or 3.
@@ -50,8 +50,7 @@ class Restriction(nn.Module):
         if not self.means:
             return features.flatten(3).transpose(2, 3)
         means = _pool(patches.flatten(0, 1), self.shape).unflatten(0, patches.shape[:2])
-        square, cell = sigma.square(), math.prod(patches.shape[3:]) / math.prod(self.shape)
-        scale = ((1 + square) / (1 + square / cell)).sqrt().view(-1, *(1,) * (patches.ndim - 1))
+        scale = mean_scale(sigma, math.prod(patches.shape[3:]) // math.prod(self.shape)).view(-1, *(1,) * (patches.ndim - 1))
         return torch.cat([features, means * scale], dim=2).flatten(3).transpose(2, 3)
 
 
@@ -86,12 +85,32 @@ class Prolongation(nn.Module):
         """
         if self.to_fine is None:
             return canvas.new_zeros(())
-        framed = frame(self.to_fine(canvas).movedim(-1, 1), decomposition.periodic)
-        per_patch = [n // g for n, g in zip(canvas.shape[1:-1], decomposition.patch_grid, strict=True)]
-        points = own_boxes(framed, decomposition, patches, per_patch, ring=2)
-        for axis, (n, q) in enumerate(zip(decomposition.patch_shape, per_patch, strict=True), start=3):
-            points = (points.movedim(axis, -1) @ interpolation(q, n // q).to(points)).movedim(-1, axis)
-        return points
+        return splines(self.to_fine(canvas), decomposition, patches)
+
+
+def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]) -> Tensor:
+    """B-splines with coefficients on the tokens, at the points of some patches.
+
+    Arguments:
+        canvas: Coefficients of all tokens in place, with shape ``[sample, *token_grid, channel]``.
+        decomposition: The grid and its patches.
+        patches: Global numbers of the patches.
+
+    Returns:
+        Shape ``[sample, patch, channel, *patch_shape]``.
+    """
+    framed = frame(canvas.movedim(-1, 1), decomposition.periodic)
+    per_patch = [n // g for n, g in zip(canvas.shape[1:-1], decomposition.patch_grid, strict=True)]
+    points = own_boxes(framed, decomposition, patches, per_patch, ring=2)
+    for axis, (n, q) in enumerate(zip(decomposition.patch_shape, per_patch, strict=True), start=3):
+        points = (points.movedim(axis, -1) @ interpolation(q, n // q).to(points)).movedim(-1, axis)
+    return points
+
+
+def mean_scale(sigma: Tensor, cell: int) -> Tensor:
+    """sqrt((1 + σ²) / (1 + σ²/m)): brings means over m points of the scaled field c_in x to about unit variance, ``[sample]``."""
+    square = sigma.square()
+    return ((1 + square) / (1 + square / cell)).sqrt()
 
 
 def interpolation(q: int, cell: int) -> Tensor:

@@ -15,8 +15,9 @@ from ddpatch.decomposition import Decomposition
 from ddpatch.model.coarse import CoarseTransformer, ConvolutionalCommunicator
 from ddpatch.model.layers import CHANNELS_LAST, NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
-from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, own_boxes, to_canvas
+from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, mean_scale, own_boxes, splines, to_canvas
 from ddpatch.model.unet import Decoder, Encoder
+from ddpatch.model.wiener import LinearPart
 
 
 class Coupling(Protocol):
@@ -67,11 +68,14 @@ class TwoLevelModel(nn.Module):
         ndim: 2 or 3.
         config: Widths, halo and tokens.
         periodic: Per axis; walls add a channel that marks the inside.
+        linear: What is added to the network's output, which is then scaled. Default: nothing.
     """
 
-    def __init__(self, channels: int, ndim: int, config: ModelConfig, periodic: Sequence[bool]) -> None:
+    def __init__(
+        self, channels: int, ndim: int, config: ModelConfig, periodic: Sequence[bool], linear: LinearPart | None = None
+    ) -> None:
         super().__init__()
-        self.config, self.periodic = config, tuple(periodic)
+        self.config, self.periodic, self.channels, self.linear = config, tuple(periodic), channels, linear
         paths, wraps = config.paths, config.paths.whole and all(periodic)
         widths, embedding = config.channels, 4 * config.channels[0]
         extra = num_coordinate_features(self.periodic, config.positions)
@@ -104,22 +108,39 @@ class TwoLevelModel(nn.Module):
         sigma, embedding = (4 * noise).exp(), self.embed(noise)
         repeated = embedding.repeat_interleave(x.shape[1], dim=0)
         place = coordinate_features(coupling.decomposition, coupling.patches, self.config.reach, self.config.positions)
-        latent, skips = self.encoder(coupling.halo(x), place.to(x), sigma, repeated)
+        windows = coupling.halo(x)
+        latent, skips = self.encoder(windows, place.to(x), sigma, repeated)
+        canvas, into_latent, into_fine = None, torch.zeros_like(latent), latent.new_zeros(())
         if self.config.paths.coarse:
-            into_latent, into_fine = self._couple(latent, x, sigma, embedding, coupling)
-        else:
-            into_latent, into_fine = torch.zeros_like(latent), latent.new_zeros(())
+            canvas = self._gather(latent, x, sigma, coupling)
+            into_latent, into_fine = self._couple(canvas, latent, embedding, coupling)
         latent = self.bottleneck(latent + into_latent, repeated)
-        return self.decoder(latent, skips, repeated, into_fine).unflatten(0, x.shape[:2])
+        out = self.decoder(latent, skips, repeated, into_fine).unflatten(0, x.shape[:2])
+        return out if self.linear is None else self._add_linear(self.linear, out, windows, canvas, sigma, coupling)
 
-    def _couple(self, latent: Tensor, x: Tensor, sigma: Tensor, embedding: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
-        """Restrict, gather, transform, prolong: contributions to the latent and to the finest decoder stage."""
-        decomposition, q, ndim = coupling.decomposition, self.config.tokens, len(self.periodic)
+    def _gather(self, latent: Tensor, x: Tensor, sigma: Tensor, coupling: Coupling) -> Tensor:
+        """The tokens of all patches in place, with shape ``[sample, *token_grid, feature]``."""
+        decomposition, q = coupling.decomposition, self.config.tokens
         check_tokens(decomposition.patch_shape, q, len(self.config.channels))
-        own = self.restriction(latent, x, sigma)
-        canvas = to_canvas(coupling.gather(own), decomposition.patch_grid, q)
+        return to_canvas(coupling.gather(self.restriction(latent, x, sigma)), decomposition.patch_grid, q)
+
+    def _add_linear(
+        self, linear: LinearPart, out: Tensor, windows: Tensor, canvas: Tensor | None, sigma: Tensor, coupling: Coupling
+    ) -> Tensor:
+        """L u + g out, the coarse part of L from the block means that the tokens carry."""
+        sum_, explained = linear.fine(windows, sigma, self.config.reach), sigma.new_zeros(len(sigma))
+        if canvas is not None and linear.power is not None:
+            cell = [n // self.config.tokens for n in coupling.decomposition.patch_shape]
+            scale = mean_scale(sigma, math.prod(cell)).view(-1, *(1,) * (canvas.ndim - 1))
+            found, explained = linear.coarse(canvas[..., -self.channels :] / scale, sigma, cell)
+            sum_ = sum_ + splines(found, coupling.decomposition, coupling.patches)
+        return sum_ + linear.scale(sigma, explained).view(-1, *(1,) * (out.ndim - 1)) * out
+
+    def _couple(self, canvas: Tensor, latent: Tensor, embedding: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
+        """Transform and prolong: contributions to the latent and to the finest decoder stage."""
+        decomposition, q, ndim = coupling.decomposition, self.config.tokens, len(self.periodic)
         grid = canvas.shape[1:-1]
-        tokens = torch.cat([canvas, self._token_features(decomposition).to(x).expand(len(x), *grid, -1)], dim=-1)
+        tokens = torch.cat([canvas, self._token_features(decomposition).to(canvas).expand(len(canvas), *grid, -1)], dim=-1)
         canvas = self.coarse(tokens, embedding, self.periodic)
         own = own_boxes(canvas.movedim(-1, 1), decomposition, coupling.patches, [q] * ndim)
         into_latent = self.prolongation.latent(own.flatten(0, 1).movedim(1, -1), latent.shape[2:])

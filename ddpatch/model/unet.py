@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.model.layers import CONV, Gain, ResidualBlock, crop, refine
+from ddpatch.model.layers import CONV, Gain, ResidualBlock, crop, refine, zero
 from ddpatch.model.stencil import StencilConvolution
 
 
@@ -134,8 +134,7 @@ class Decoder(nn.Module):
             nn.ModuleList(ResidualBlock(ndim, width, width, embedding, wraps) for _ in range(blocks)) for width in channels
         )
         self.gain = Gain(channels[0], embedding)
-        self.out = conv(channels[0], outputs, 1)
-        nn.init.zeros_(self.out.weight)
+        self.out = zero(conv(channels[0], outputs, 1))
 
     def forward(self, latent: Tensor, skips: Sequence[Tensor], embedding: Tensor, fine: Tensor) -> Tensor:
         """Decode.
