@@ -148,7 +148,8 @@ def make_linear(config: Config, field: Field) -> LinearPart | None:
         return None
     paths, periodic = config.model.paths, config.domain.periodic
     gathered = paths.coarse and paths.means and not paths.alone and periodic and all(periodic)
-    return LinearPart(stencil_reach(config), field.moments.lags, field.moments.power if gathered else None, field.grid)
+    cell = [n // config.model.tokens for n in config.domain.patch] if gathered else None
+    return LinearPart(stencil_reach(config), *field.moments, field.grid, cell)
 
 
 def training_samples(config: Config, file: FieldFile) -> range:

@@ -81,13 +81,13 @@ def test_where_every_point_is_a_token_an_untrained_network_is_the_wiener_filter(
 
 
 def test_without_coarse_part_it_is_the_best_prediction_from_the_window(comm: Communicator) -> None:
-    """The error that the factor g stands for is that of the window; every point has as much of it around itself."""
+    """The error that the factor g stands for, from a table, is that of the window around a point."""
     model = Untrained(small(coupling="halo", halo=2), exact_field(POWER, 2, 16), comm).model
     assert model.linear is not None
     oracle = GaussianOracle(POWER)
     for sigma in (0.05, 0.5, 5.0):
         found = model.linear.scale(torch.tensor([sigma], dtype=torch.float64)).square() * sigma**2 / (1 + sigma**2)
-        assert float(found) == pytest.approx(oracle.patch((1, 1), sigma, halo=2), rel=1e-9)
+        assert float(found) == pytest.approx(oracle.patch((1, 1), sigma, halo=2), rel=1e-3)
 
 
 @pytest.mark.parametrize("u", [0.1, 0.3, 0.5, 0.7, 0.8, 0.9])
@@ -102,8 +102,7 @@ def test_an_untrained_network_is_near_the_global_optimum(u: float, comm: Communi
     level = torch.tensor([sigma], dtype=torch.float64)
     linear = denoise.model.linear
     assert linear is not None
-    _, explained = linear.coarse(torch.zeros(1, 16, 16, 1, dtype=torch.float64), level, (2, 2))
-    assert error == pytest.approx(float(linear.scale(level, explained)) ** 2 * sigma**2 / (1 + sigma**2), rel=0.02)
+    assert error == pytest.approx(float(linear.scale(level)) ** 2 * sigma**2 / (1 + sigma**2), rel=0.02)
 
 
 def test_white_data_leave_nothing_to_the_linear_part(comm: Communicator) -> None:
@@ -118,7 +117,7 @@ def test_on_a_larger_grid_the_spectrum_is_interpolated(comm: Communicator) -> No
     x, denoise = random_field(2, 1, wide), Untrained(small(halo=2), exact_field(POWER, 2, 16), comm, wide)
     for sigma in (0.3, 3.0):
         expected = oracle.wiener(x, sigma)
-        assert float((denoise(x, sigma) - expected).std() / expected.std()) < 0.1
+        assert float((denoise(x, sigma) - expected).std() / expected.std()) < 0.15
 
 
 def test_walls_and_lonely_patches_have_no_coarse_part_and_no_stencil_through_walls(comm: Communicator) -> None:
@@ -126,5 +125,5 @@ def test_walls_and_lonely_patches_have_no_coarse_part_and_no_stencil_through_wal
     walls = small_config(Path("none"), domain={"patch": [8, 8], "grid": GRID, "periodic": (False, False)})
     for config in (walls, small(coupling="self-only"), small(coupling="none")):
         linear = make_model(config, field).linear
-        assert linear is not None and linear.power is None and linear.reach == (0, 0)
+        assert linear is not None and linear.cell is None and linear.reach == (0, 0)
     assert make_model(small(wiener=False), field).linear is None

@@ -1,4 +1,9 @@
-"""Between the levels: restriction of patches to tokens, and prolongation of tokens to patches."""
+"""Between the levels: restriction of patches to tokens, and prolongation of tokens to patches.
+
+A token stands for a cell of m points per axis. The field reaches it through weighted means with the kernel box(m) * box(w), the
+full weighting of multigrid methods: neighbouring cells overlap, so that waves that the tokens cannot resolve, and the noise in
+them, are damped before they are mistaken for longer ones.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +22,17 @@ from ddpatch.model.layers import CONV
 
 
 class Restriction(nn.Module):
-    """q^d tokens per patch: compressed latent features, and the block means of the patch itself.
+    """q^d tokens per patch: compressed latent features, and weighted means of the field.
 
-    The block means let the coarse level see the field at high noise, where the mean over the m points of a token's cell has far
-    less noise than a point. They are scaled to about unit variance (:func:`mean_scale`).
+    The means let the coarse level see the field at high noise, where the mean over a token's cell has far less noise than a
+    point. They are scaled to about unit variance (:func:`mean_scale`).
 
     Arguments:
         ndim: 2 or 3.
         latent: Channels of the latent.
         features: Latent features that a token carries.
         tokens: Tokens per axis, q.
-        means: Whether tokens carry block means at all.
+        means: Whether tokens carry means at all.
     """
 
     def __init__(self, ndim: int, latent: int, features: int, tokens: int, means: bool = True) -> None:
@@ -35,22 +40,28 @@ class Restriction(nn.Module):
         self.shape, self.means = (tokens,) * ndim, means
         self.compress = CONV[ndim](latent, features, 1)
 
-    def forward(self, latent: Tensor, patches: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, windows: Tensor, sigma: Tensor, margin: int, overlap: Sequence[int]) -> Tensor:
         """Restrict.
 
         Arguments:
             latent: Shape ``[sample * patch, latent, *latent_shape]``.
-            patches: The scaled field c_in x, with shape ``[sample, patch, channel, *patch_shape]``.
+            windows: The scaled field c_in x, with shape ``[sample, patch, channel, *(patch_shape + 2 margin)]``.
             sigma: Shape ``[sample]``.
+            margin: Halo of the windows.
+            overlap: Points of it, per axis, that may enter means.
 
         Returns:
             Shape ``[sample, patch, q^d, features + channel]``.
         """
-        features = _pool(self.compress(latent), self.shape).unflatten(0, patches.shape[:2])
+        features = _pool(self.compress(latent), self.shape).unflatten(0, windows.shape[:2])
         if not self.means:
             return features.flatten(3).transpose(2, 3)
-        means = _pool(patches.flatten(0, 1), self.shape).unflatten(0, patches.shape[:2])
-        scale = mean_scale(sigma, math.prod(patches.shape[3:]) // math.prod(self.shape)).view(-1, *(1,) * (patches.ndim - 1))
+        means, cells = windows, []
+        for axis, (points, q, most) in enumerate(zip(windows.shape[3:], self.shape, overlap, strict=True), start=3):
+            kernel = weighting((points - 2 * margin) // q, most)
+            cells.append(kernel)
+            means = (means.movedim(axis, -1) @ averages(kernel, points, margin, q).to(means)).movedim(-1, axis)
+        scale = mean_scale(sigma, cells).view(-1, *(1,) * (windows.ndim - 1))
         return torch.cat([features, means * scale], dim=2).flatten(3).transpose(2, 3)
 
 
@@ -107,10 +118,39 @@ def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]
     return points
 
 
-def mean_scale(sigma: Tensor, cell: int) -> Tensor:
-    """sqrt((1 + σ²) / (1 + σ²/m)): brings means over m points of the scaled field c_in x to about unit variance, ``[sample]``."""
-    square = sigma.square()
-    return ((1 + square) / (1 + square / cell)).sqrt()
+def weighting(cell: int, overlap: int) -> Tensor:
+    """The kernel of a weighted mean, box(m) * box(w): w odd, at most m or one more, and no wider than the overlap permits.
+
+    Arguments:
+        cell: m, points of a cell.
+        overlap: Points beyond the cell on either side that may enter.
+
+    Returns:
+        Shape ``[m + w - 1]``, double precision, with sum 1.
+    """
+    w = 2 * min(overlap, cell // 2) + 1
+    return F.conv1d(torch.full((1, 1, cell), 1 / cell).double(), torch.full((1, 1, w), 1 / w).double(), padding=w - 1)[0, 0]
+
+
+def averages(kernel: Tensor, points: int, margin: int, q: int) -> Tensor:
+    """The means of the q cells of a window along one axis, as a matrix with shape ``[points, q]``."""
+    cell = (points - 2 * margin) // q
+    first = margin - (len(kernel) - cell) // 2
+    matrix = kernel.new_zeros(points, q)
+    for i in range(q):
+        matrix[first + i * cell : first + i * cell + len(kernel), i] = kernel
+    return matrix
+
+
+def mean_scale(sigma: Tensor, kernels: Sequence[Tensor]) -> Tensor:
+    """sqrt((1 + σ²) / (1 + σ² Σ h²)): brings means of the scaled field c_in x to about unit variance, with shape ``[sample]``.
+
+    Arguments:
+        sigma: Shape ``[sample]``.
+        kernels: h along each axis.
+    """
+    square, noise = sigma.square(), math.prod(float(h.square().sum()) for h in kernels)
+    return ((1 + square) / (1 + square * noise)).sqrt()
 
 
 def interpolation(q: int, cell: int) -> Tensor:

@@ -15,7 +15,7 @@ from ddpatch.decomposition import Decomposition
 from ddpatch.model.coarse import CoarseTransformer, ConvolutionalCommunicator
 from ddpatch.model.layers import CHANNELS_LAST, NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
-from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, mean_scale, own_boxes, splines, to_canvas
+from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, mean_scale, own_boxes, splines, to_canvas, weighting
 from ddpatch.model.unet import Decoder, Encoder
 from ddpatch.model.wiener import LinearPart
 
@@ -76,6 +76,7 @@ class TwoLevelModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.periodic, self.channels, self.linear = config, tuple(periodic), channels, linear
+        self.overlap = tuple(config.reach if wraps else 0 for wraps in self.periodic)  # there is nothing behind a wall
         paths, wraps = config.paths, config.paths.whole and all(periodic)
         widths, embedding = config.channels, 4 * config.channels[0]
         extra = num_coordinate_features(self.periodic, config.positions)
@@ -112,29 +113,30 @@ class TwoLevelModel(nn.Module):
         latent, skips = self.encoder(windows, place.to(x), sigma, repeated)
         canvas, into_latent, into_fine = None, torch.zeros_like(latent), latent.new_zeros(())
         if self.config.paths.coarse:
-            canvas = self._gather(latent, x, sigma, coupling)
+            canvas = self._gather(latent, windows, sigma, coupling)
             into_latent, into_fine = self._couple(canvas, latent, embedding, coupling)
         latent = self.bottleneck(latent + into_latent, repeated)
         out = self.decoder(latent, skips, repeated, into_fine).unflatten(0, x.shape[:2])
         return out if self.linear is None else self._add_linear(self.linear, out, windows, canvas, sigma, coupling)
 
-    def _gather(self, latent: Tensor, x: Tensor, sigma: Tensor, coupling: Coupling) -> Tensor:
+    def _gather(self, latent: Tensor, windows: Tensor, sigma: Tensor, coupling: Coupling) -> Tensor:
         """The tokens of all patches in place, with shape ``[sample, *token_grid, feature]``."""
         decomposition, q = coupling.decomposition, self.config.tokens
         check_tokens(decomposition.patch_shape, q, len(self.config.channels))
-        return to_canvas(coupling.gather(self.restriction(latent, x, sigma)), decomposition.patch_grid, q)
+        own = self.restriction(latent, windows, sigma, self.config.reach, self.overlap)
+        return to_canvas(coupling.gather(own), decomposition.patch_grid, q)
 
     def _add_linear(
         self, linear: LinearPart, out: Tensor, windows: Tensor, canvas: Tensor | None, sigma: Tensor, coupling: Coupling
     ) -> Tensor:
-        """L u + g out, the coarse part of L from the block means that the tokens carry."""
-        sum_, explained = linear.fine(windows, sigma, self.config.reach), sigma.new_zeros(len(sigma))
-        if canvas is not None and linear.power is not None:
-            cell = [n // self.config.tokens for n in coupling.decomposition.patch_shape]
-            scale = mean_scale(sigma, math.prod(cell)).view(-1, *(1,) * (canvas.ndim - 1))
-            found, explained = linear.coarse(canvas[..., -self.channels :] / scale, sigma, cell)
-            sum_ = sum_ + splines(found, coupling.decomposition, coupling.patches)
-        return sum_ + linear.scale(sigma, explained).view(-1, *(1,) * (out.ndim - 1)) * out
+        """L u + g out, the coarse part of L from the means that the tokens carry."""
+        total = linear.fine(windows, sigma, self.config.reach) + linear.scale(sigma).view(-1, *(1,) * (out.ndim - 1)) * out
+        if canvas is None or linear.cell is None:
+            return total
+        kernels = [weighting(m, overlap) for m, overlap in zip(linear.cell, self.overlap, strict=True)]
+        scale = mean_scale(sigma, kernels).view(-1, *(1,) * (canvas.ndim - 1))
+        found = linear.coarse(canvas[..., -self.channels :] / scale, sigma)
+        return total + splines(found, coupling.decomposition, coupling.patches)
 
     def _couple(self, canvas: Tensor, latent: Tensor, embedding: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
         """Transform and prolong: contributions to the latent and to the finest decoder stage."""
