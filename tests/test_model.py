@@ -12,7 +12,7 @@ from ddpatch.model.coarse import GeometricAttention, token_places
 from ddpatch.model.layers import refine
 from ddpatch.model.patches import cut, join, within
 from ddpatch.model.stencil import StencilConvolution
-from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, interpolation, to_canvas
+from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, interpolation, to_canvas, weighting
 from ddpatch.model.two_level import TwoLevelModel
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
@@ -132,12 +132,17 @@ def test_gradients_reach_every_parameter() -> None:
     assert silent == []
 
 
-def test_restriction_carries_block_means() -> None:
+def test_restriction_carries_means_that_overlap_as_far_as_they_may() -> None:
+    """Along the first axis means of 4 points, along the second of 6 with a window of 5 points, which reaches 2 beyond."""
     restriction = Restriction(2, latent=3, features=4, tokens=2).double()
-    patch, sigma = random_field(5, 2, (8, 12)), torch.linspace(0.1, 10, 5, dtype=torch.float64)
-    tokens = restriction(random_field(5, 3, (4, 6)), patch[:, None], sigma)[:, 0]
-    means = patch.reshape(5, 2, 2, 4, 2, 6).mean((3, 5)).flatten(2).transpose(1, 2)
-    scale = ((1 + sigma**2) / (1 + sigma**2 / 24)).sqrt()
+    window, sigma = random_field(5, 2, (14, 18)), torch.linspace(0.1, 10, 5, dtype=torch.float64)
+    tokens = restriction(random_field(5, 3, (4, 6)), window[:, None], sigma, 3, (0, 2))[:, 0]
+    smooth = window[:, :, 3:-3].unfold(3, 5, 1).mean(-1)[..., 1:-1]
+    means = smooth.reshape(5, 2, 2, 4, 2, 6).mean((3, 5)).flatten(2).transpose(1, 2)
+    kernels = weighting(4, 0), weighting(6, 2)
+    assert [len(h) for h in kernels] == [4, 10] and all(float(h.sum()) == pytest.approx(1) for h in kernels)
+    noise = float(kernels[0].square().sum() * kernels[1].square().sum())
+    scale = ((1 + sigma**2) / (1 + sigma**2 * noise)).sqrt()
     torch.testing.assert_close(tokens[..., 4:], means * scale[:, None, None])
 
 
