@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from ddpatch.config import Config, build
 from ddpatch.data.normalisation import Normalisation
 from ddpatch.io.volume import VolumeHeader, write_volume
 from ddpatch.run import Field
+from ddpatch.statistics.covariance import Moments
 
 CASES = [  # grid, patch, periodic: nothing here that 2, 3 and 4 ranks all divide
     ((12, 8), (4, 4), (True, True)),
@@ -51,6 +53,25 @@ def unit_field(channels: int, ndim: int) -> Field:
     stencil = tuple(tuple(float(i == j) for j in range(size)) for i in range(size))
     affine = Normalisation((0.0,) * channels, (1.0,) * channels)
     return Field(tuple("uvw"[:channels]), (1.0,) * ndim, affine, 0.01, 100.0, stencil, ((1.0,), (1.0,)))
+
+
+def field_of(power: Tensor, channels: int, reach: tuple[int, ...], waves: tuple[int, ...]) -> Field:
+    """Unit fields with independent channels of that spectrum: their exact moments, without sampling.
+
+    Arguments:
+        power: Variance of every orthonormal mode, ``[*grid]``.
+        channels: Number of them.
+        reach: Halo of the stencil per axis.
+        waves: Largest wave number of the coarse part per axis.
+    """
+    near, low = torch.fft.ifftn(power).real, power
+    for axis, (points, n, k) in enumerate(zip(power.shape, reach, waves, strict=True)):
+        near = near.index_select(axis, torch.arange(-2 * n, 2 * n + 1) % points)
+        low = low.index_select(axis, torch.arange(-k if axis < power.ndim - 1 else 0, k + 1) % points)
+    moments = (torch.einsum("ab,...->ab...", torch.eye(channels, dtype=torch.float64), part) for part in (near, low))
+    covariance, spectrum = moments
+    found = Moments(covariance, torch.view_as_real(spectrum.to(torch.complex128)))
+    return dataclasses.replace(unit_field(channels, power.ndim), moments=found, grid=tuple(power.shape))
 
 
 def small_config(data: Path, dtype: str = "float64", **sections: dict[str, object]) -> Config:

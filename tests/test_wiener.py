@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from problems import random_field, small_config, unit_field, write_fields
+from problems import field_of, random_field, small_config, write_fields
 from torch import Tensor
 
 from ddpatch.config import Config
@@ -18,7 +17,7 @@ from ddpatch.model.patches import cut, join
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import Field, decompose, make_denoiser, make_model
-from ddpatch.statistics.covariance import Moments, measure_moments
+from ddpatch.statistics.covariance import measure_moments
 from ddpatch.statistics.oracle import GaussianOracle, noise_level
 
 GRID = (32, 32)
@@ -26,13 +25,7 @@ POWER = PowerLaw(2.0, 2.0).power(GRID)
 
 
 def exact_field(power: Tensor, reach: int, tokens: int) -> Field:
-    """Moments of a Gaussian field of that spectrum, without sampling."""
-    covariance = torch.fft.ifftn(power).real
-    lags = torch.roll(covariance, (2 * reach, 2 * reach), (0, 1))[: 4 * reach + 1, : 4 * reach + 1]
-    half = tokens // 2
-    modes = torch.roll(power, half, 0)[: 2 * half + 1, : half + 1]
-    moments = Moments(lags[None, None], torch.view_as_real(modes.to(torch.complex128))[None, None])
-    return dataclasses.replace(unit_field(1, 2), moments=moments, grid=tuple(power.shape))
+    return field_of(power.double(), 1, (reach, reach), (tokens // 2, tokens // 2))
 
 
 def small(**model: object) -> Config:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import random_field, small_config, unit_field, write_fields
+from problems import field_of, random_field, small_config, write_fields
 
 from ddpatch.config import Config
 from ddpatch.data.fields import FieldFile
+from ddpatch.data.gaussian import PowerLaw
 from ddpatch.decomposition import Decomposition
 from ddpatch.model.patches import cut
 from ddpatch.parallel.collectives import Exchange, sum_gradients
@@ -29,11 +30,13 @@ def test_output_and_gradients_equal_the_serial_ones(
 ) -> None:
     config = small_config(Path("none"), domain={"patch": patch, "grid": grid, "periodic": periodic}, model={"positions": 1})
     alone = comm.split(comm.rank)
+    waves = tuple(4 * (n // p) // 2 for n, p in zip(grid, patch, strict=True))
+    field = field_of(PowerLaw().power(grid), 2, tuple(2 if wraps else 0 for wraps in periodic), waves)
     results = []
     for ranks in (alone, comm):
         decomposition = Decomposition(grid, patch, ranks.size, periodic)
         exchange = Exchange(decomposition, ranks, 2)
-        model = make_model(config, unit_field(2, len(grid)))
+        model = make_model(config, field)
         for i, parameter in enumerate(model.parameters()):
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
         x = cut(random_field(2, 2, grid), decomposition, exchange.patches).requires_grad_()
@@ -56,6 +59,15 @@ def losses(config: Config, comm: Communicator, steps: int) -> list[float]:
         config = resolve(config, file)
         training = Training(config, file, measure_field(config, file, comm), comm)
         return [training.advance() for _ in range(steps)]
+
+
+def test_moments_do_not_depend_on_the_number_of_ranks(comm: Communicator, shared_path: Path) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    with FieldFile(data) as file:
+        config = resolve(small_config(data), file)
+        serial, parallel = (measure_field(config, file, ranks).moments for ranks in (comm.split(comm.rank), comm))
+    assert serial is not None and parallel is not None
+    torch.testing.assert_close(parallel, serial, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
@@ -125,7 +137,10 @@ def test_a_deterministic_run_repeats_bit_for_bit(comm: Communicator, shared_path
 def test_an_evaluation_sends_a_halo_and_tokens_and_nothing_else(comm: Communicator, shared_path: Path) -> None:
     decomposition = Decomposition((16, 24), (8, 8), comm.size)
     config = small_config(Path("none"), domain={"patch": [8, 8], "grid": [16, 24], "periodic": [True, True]})
-    exchange, model = Exchange(decomposition, comm, 2), make_model(config, unit_field(2, 2))
+    exchange, model = (
+        Exchange(decomposition, comm, 2),
+        make_model(config, field_of(PowerLaw().power((16, 24)), 2, (2, 2), (4, 6))),
+    )
     with torch.no_grad():
         model(cut(random_field(1, 2, (16, 24)), decomposition, exchange.patches), torch.zeros(1, dtype=torch.float64), exchange)
     assert comm.calls == {"halo": 1, "allgather": 1}
