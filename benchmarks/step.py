@@ -29,8 +29,9 @@ from ddpatch.config import build
 from ddpatch.data.normalisation import Normalisation
 from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.model.two_level import count_parameters
-from ddpatch.parallel.collectives import Exchange, sum_gradients
+from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
+from ddpatch.parallel.gradients import GradientSum
 from ddpatch.run import Field, decompose, make_denoiser, make_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -50,6 +51,7 @@ def measure(model: str, grid: int, steps: int) -> dict[str, float]:
     field = Field(("u", "v", "w"), (1.0,) * 3, Normalisation((0.0,) * 3, (1.0,) * 3), 0.01, 100.0, stencil, ((1.0,), (1.0,)))
     network = make_model(config, field)
     denoiser, optimiser = make_denoiser(config, field, network, exchange), torch.optim.Adam(network.parameters())
+    gradients = GradientSum(network.parameters(), comm)
     clean, noise = torch.randn(2, 1, len(exchange.patches), 3, *(patch,) * 3)
     seconds, communication = [], []
     for _ in range(steps + 1):
@@ -59,7 +61,7 @@ def measure(model: str, grid: int, steps: int) -> dict[str, float]:
         optimiser.zero_grad(set_to_none=True)
         (losses.sum() / (3 * grid**3)).backward()
         comm.allreduce_(detached_sum(losses)[None])
-        sum_gradients(network.parameters(), comm)
+        gradients.finish()
         optimiser.step()
         seconds.append(max(comm.gather(time.perf_counter() - start)))
         communication.append(comm.seconds - waited)

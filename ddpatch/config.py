@@ -123,7 +123,8 @@ class DiffusionConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop. ``batch`` is the global number of samples per step; ``ema`` the half-life of the averaged weights in
-    samples; ``warmup``, ``log_every`` and ``checkpoint_every`` are in steps; ``optimiser`` is ``muon``
+    samples; ``warmup``, ``log_every``, ``checkpoint_every`` and ``keep_every`` are in steps: the last ``keep_last`` checkpoints
+    are kept, and those of multiples of ``keep_every``; ``optimiser`` is ``muon``
     (:mod:`ddpatch.optimiser`) or ``adam``; ``dtype`` is ``float32`` or ``float64``.
     """
 
@@ -138,12 +139,17 @@ class TrainConfig:
     dtype: str = "float32"
     log_every: int = 10
     checkpoint_every: int = 500
+    keep_last: int = 2
+    keep_every: int | None = None
 
     def __post_init__(self) -> None:
         _one_of(self.dtype, ("float32", "float64"), "train.dtype")
         _one_of(self.optimiser, ("muon", "adam"), "train.optimiser")
-        for name in ("steps", "batch", "learning_rate", "ema", "clip", "log_every", "checkpoint_every"):
+        for name in ("steps", "batch", "learning_rate", "ema", "clip", "log_every", "checkpoint_every", "keep_last"):
             _require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "a positive number")
+        _require(
+            self.keep_every is None or self.keep_every > 0, "train.keep_every", self.keep_every, "a positive number of steps"
+        )
         _require(self.warmup >= 0, "train.warmup", self.warmup, "0 or more steps")
 
 
@@ -174,13 +180,17 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """``device`` is ``auto``, ``cpu`` or ``cuda``; ``deterministic`` sums over ranks in rank order: runs repeat bit for bit."""
+    """``device`` is ``auto``, ``cpu`` or ``cuda``; ``deterministic`` sums over ranks in rank order: runs repeat bit for bit;
+    ``replicas`` is the number of groups of ranks that train on different samples, ``null`` as few as there can be.
+    """
 
     device: str = "auto"
     deterministic: bool = False
+    replicas: int | None = None
 
     def __post_init__(self) -> None:
         _one_of(self.device, ("auto", "cpu", "cuda"), "parallel.device")
+        _require(self.replicas is None or self.replicas > 0, "parallel.replicas", self.replicas, "a positive number")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Log:
         comm, points = training.comm, training.decomposition.num_points * training.config.train.batch * len(self._losses)
         local = torch.tensor(
             [
-                training.comm.seconds - self._comm_seconds,
+                training.grid.seconds - self._comm_seconds,
                 training.batches.seconds - self._io_seconds,
                 peak_memory(training.device),
             ],
@@ -75,7 +75,7 @@ class Log:
     def _reset(self) -> None:
         self._losses: list[float] = []
         self._start = time.perf_counter()
-        self._comm_seconds, self._io_seconds = self.training.comm.seconds, self.training.batches.seconds
+        self._comm_seconds, self._io_seconds = self.training.grid.seconds, self.training.batches.seconds
 
 
 def mean_of_finite(values: list[float]) -> float | None:

@@ -26,13 +26,14 @@ from ddpatch.model.two_level import Coupling, OwnPatch, TwoLevelModel
 from ddpatch.model.wiener import LinearPart
 from ddpatch.optimiser import Muon
 from ddpatch.parallel.comm import Communicator
+from ddpatch.parallel.grid import choose_replicas
 from ddpatch.random import Stream, generator
 from ddpatch.statistics.covariance import Moments, measure_moments
 from ddpatch.statistics.spectrum import mode_deviation
 
 FREE_TO_CHANGE: dict[str, set[str] | None] = {  # None: every key of the section
     "data": {"path"},
-    "train": {"steps", "log_every", "checkpoint_every"},
+    "train": {"steps", "log_every", "checkpoint_every", "keep_last", "keep_every"},
     "sample": None,
     "output": None,
     "parallel": None,
@@ -162,6 +163,11 @@ def decompose(config: Config, size: int, grid: Sequence[int] | None = None) -> D
     domain = config.domain
     assert domain.grid is not None and domain.periodic is not None
     return Decomposition(tuple(grid or domain.grid), domain.patch, size, domain.periodic)
+
+
+def replicas(config: Config, size: int) -> int:
+    """The number of replicas of ``size`` ranks that train."""
+    return choose_replicas(size, decompose(config, 1).num_patches, config.train.batch, config.parallel.replicas)
 
 
 def make_model(config: Config, field: Field) -> TwoLevelModel:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ddpatch.config import Config
 from ddpatch.data.batches import PatchBatches
 from ddpatch.data.fields import FieldFile
+from ddpatch.decomposition import block_range
 from ddpatch.diffusion.average import AveragedModel
 from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.errors import Left, UserError
@@ -19,8 +20,10 @@ from ddpatch.io import checkpoint
 from ddpatch.io.volume import replace_when_complete
 from ddpatch.log import Log, Progress
 from ddpatch.notice import Notice
-from ddpatch.parallel.collectives import Exchange, sum_gradients
+from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
+from ddpatch.parallel.gradients import GradientSum
+from ddpatch.parallel.grid import make_grid
 from ddpatch.random import Stream, generator, patch_noise
 from ddpatch.run import (
     Field,
@@ -31,6 +34,7 @@ from ddpatch.run import (
     make_model,
     make_optimiser,
     measure_field,
+    replicas,
     resolve,
     training_samples,
 )
@@ -42,22 +46,24 @@ BROKEN, LEAVE = 1, 2  # what ranks tell each other after every step
 class Training:
     """The state of a training run on this rank, and one step of it.
 
-    Every parameter, moment and average is replicated on all ranks; a rank owns only its patches of the fields.
+    Every parameter, moment and average is replicated on all ranks; a rank owns only its patches of its replica's samples.
 
     Arguments:
         config: Resolved configuration.
         file: The training fields.
         field: What was measured on them.
-        comm: The ranks that share every sample.
+        comm: All ranks of the run.
         notice: Asked after every step whether to leave.
     """
 
     def __init__(self, config: Config, file: FieldFile, field: Field, comm: Communicator, notice: Notice | None = None) -> None:
         self.config, self.field, self.comm, self.notice = config, field, comm, notice or Notice()
         self.device = comm.place(config.parallel.device)
-        self.decomposition = decompose(config, comm.size)
-        self.coupling = Exchange(self.decomposition, comm, config.model.reach)
+        self.grid = make_grid(comm, replicas(config, comm.size))
+        self.decomposition = decompose(config, self.grid.domain.size)
+        self.coupling = Exchange(self.decomposition, self.grid.domain, config.model.reach)
         self.model = make_model(config, field).to(self.device)
+        self.gradients = GradientSum(self.model.parameters(), comm)
         self.average = AveragedModel(self.model, config.train.ema)
         self.optimiser = make_optimiser(config, self.model)
         self.denoiser = make_denoiser(config, field, self.model, self.coupling)
@@ -83,7 +89,7 @@ class Training:
         """
         train = self.config.train
         loss = self.accumulate(*self.next_batch())
-        sum_gradients(self.model.parameters(), self.comm)
+        self.gradients.finish()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
         broken = not bool(torch.isfinite(loss) & torch.isfinite(norm))
         flags = self.comm.union(BROKEN * broken | LEAVE * self.notice.given())
@@ -110,12 +116,16 @@ class Training:
             )
 
     def next_batch(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Own clean patches and unit noise, ``[sample, local patch, channel, *patch_shape]``, and one σ per sample."""
-        train, draws = self.config.train, range(self.samples_seen, self.samples_seen + self.config.train.batch)
+        """Own clean patches and unit noise, ``[sample, local patch, channel, *patch_shape]``, and one σ per sample: those of this
+        replica.
+        """
+        train = self.config.train
+        share = block_range(train.batch, self.grid.replicas, self.grid.replica)
+        draws = range(self.samples_seen + share.start, self.samples_seen + share.stop)
         clean = self.batches.read(draws, dtype(self.config))
         noise = patch_noise(clean.shape[2:], train.seed, Stream.NOISE, draws, 0, self.coupling.patches, clean.dtype)
         uniform = generator(train.seed, Stream.SIGMA, self.step).random()
-        sigma = self.field.schedule.training(uniform, train.batch)
+        sigma = self.field.schedule.training(uniform, train.batch)[share.start : share.stop]
         return clean.to(self.device), noise.to(self.device), sigma.to(self.device)
 
     def accumulate(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -123,7 +133,7 @@ class Training:
 
         The local loss is the sum over own patches divided by the global element count, so that the sum over ranks is the mean.
         """
-        elements = len(clean) * self.decomposition.num_points * clean.shape[2]
+        elements = self.config.train.batch * self.decomposition.num_points * clean.shape[2]
         losses = self.denoiser.loss(clean, noise, sigma)
         self.optimiser.zero_grad(set_to_none=True)
         with torch.autograd.set_multithreading_enabled(False):
@@ -162,7 +172,7 @@ def train(
     Arguments:
         config: As the user wrote it.
         folder: Of the run: config.yaml, log.jsonl and checkpoints.
-        comm: The ranks that share every sample.
+        comm: All ranks of the run.
         progress: Called on rank 0 with every row of the log.
         time_limit: Seconds after which to leave.
 
@@ -172,7 +182,7 @@ def train(
     """
     with Notice(time_limit) as notice, FieldFile(config.data.path, config.data.name, config.data.axes) as file:
         config = resolve(config, file)
-        decompose(config, comm.size)
+        replicas(config, comm.size)
         origin, state = checkpoint.load_latest(folder, comm) if comm.broadcast(checkpoint.find_all(folder)) else (folder, None)
         if state:
             check_same_run(config, state, folder)
@@ -187,7 +197,8 @@ def train(
 def run_steps(training: Training, folder: Path, progress: Progress) -> None:
     """Advance to the last step, with a row of the log and a checkpoint now and then. Collective."""
     settings, comm = training.config.train, training.comm
-    with Log(folder / "log.jsonl", training, progress) as log:
+    writer = checkpoint.CheckpointWriter(folder, comm, settings.keep_last, settings.keep_every)
+    with Log(folder / "log.jsonl", training, progress) as log, writer:
         while training.step < settings.steps:
             loss = training.advance()
             done = training.step == settings.steps
@@ -196,8 +207,9 @@ def run_steps(training: Training, folder: Path, progress: Progress) -> None:
             if last or training.step % settings.log_every == 0:
                 log.write()
             if last or training.step % settings.checkpoint_every == 0:
-                checkpoint.save(folder, training.state(), comm)
+                writer.save(training.state())
             if training.leaving and not done:
+                writer.wait()
                 raise Left(f"left on notice after step {training.step}, with a checkpoint; the same command goes on from there")
 
 

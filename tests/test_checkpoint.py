@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,42 @@ def test_the_last_two_checkpoints_are_kept_and_the_newest_is_loaded(tmp_path: Pa
     for step in (5, 90, 100, 1000):
         checkpoint.save(tmp_path, state_of(model, optimiser, step), Communicator())
     assert [path.name for path in checkpoint.find_all(tmp_path)] == ["checkpoint_00000100.pt", "checkpoint_00001000.pt"]
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == 3 and (tmp_path / "latest").resolve().name == "checkpoint_00001000.pt"
     assert checkpoint.load_latest(tmp_path, Communicator())[1]["step"] == 1000
+
+
+def test_checkpoints_of_multiples_of_some_steps_are_kept_besides(tmp_path: Path) -> None:
+    with checkpoint.CheckpointWriter(tmp_path, Communicator(), keep_last=1, keep_every=100) as writer:
+        for step in (50, 100, 150, 200, 250):
+            writer.save(state_of(*trained(steps=1), step))
+    assert [int(path.stem[-8:]) for path in checkpoint.find_all(tmp_path)] == [100, 200, 250]
+
+
+def test_what_is_written_in_the_background_is_the_state_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimiser = trained()
+    expected, free, write = {k: v.clone() for k, v in model.state_dict().items()}, threading.Event(), checkpoint._write
+
+    def later(path: Path, state: dict[str, Any]) -> None:
+        assert free.wait(20)
+        write(path, state)
+
+    monkeypatch.setattr(checkpoint, "_write", later)
+    with checkpoint.CheckpointWriter(tmp_path, Communicator()) as writer:
+        writer.save(state_of(model, optimiser, 3))
+        assert not checkpoint.find_all(tmp_path)  # nobody has waited for it
+        for _ in range(3):
+            train_step(model, optimiser)
+        free.set()
+    written = checkpoint.load_latest(tmp_path, Communicator())[1]["model"]
+    assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_failure_in_the_background_is_raised_by_the_next_call(tmp_path: Path) -> None:
+    writer = checkpoint.CheckpointWriter(tmp_path / "gone", Communicator())
+    (tmp_path / "gone").write_text("a file where a folder should be")
+    writer.save(state_of(*trained(), 1))
+    with pytest.raises(UserError, match="gone"):
+        writer.save(state_of(*trained(), 2))
 
 
 def test_a_failing_write_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
@@ -78,7 +113,7 @@ def test_a_failing_write_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
             checkpoint.save(tmp_path, state_of(model, optimiser, 2), Communicator())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_00000001.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00000001.pt", "latest"]
     assert checkpoint.load_latest(tmp_path, Communicator())[1]["step"] == 1
 
 

@@ -76,12 +76,15 @@ def test_plain_scripts_are_covered_too(tmp_path: Path) -> None:
     assert done.returncode != 0 and "ValueError: boom" in done.stderr
 
 
-def test_more_ranks_than_patches_is_one_line_with_both_numbers(tmp_path: Path) -> None:
+def test_ranks_that_do_not_fit_patches_and_batch_are_one_line_with_all_numbers(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text(small_config(write_fields(tmp_path / "data.h5"), domain={"patch": [16, 8]}).as_yaml())
+    config.write_text(small_config(write_fields(tmp_path / "data.h5"), domain={"patch": [16, 8]}, train={"batch": 1}).as_yaml())
     done, _ = launch(4, "-m", "ddpatch", "train", config, "--run", tmp_path / "run")
     assert done.returncode == 2
-    assert done.stderr.count("4 ranks for 3 patches") == 1 and "Traceback" not in done.stderr
+    assert (
+        done.stderr.count("4 ranks cannot be divided into equal replicas with at most 3 ranks per replica") == 1
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_misspelt_key_on_two_ranks_is_one_line(tmp_path: Path) -> None:

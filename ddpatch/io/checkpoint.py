@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+import threading
 import zipfile
 from collections.abc import Mapping
 from functools import partial
@@ -20,30 +22,97 @@ from ddpatch.parallel.comm import Communicator
 KEYS = ("config", "model", "ema", "optimiser", "step", "samples_seen", "statistics")
 
 
-def save(folder: str | Path, state: Mapping[str, Any], comm: Communicator, keep: int = 2) -> Path:
-    """Write ``checkpoint_<step>.pt`` on rank 0, and remove all but the last ``keep`` checkpoints. Collective.
+class CheckpointWriter:
+    """Writes ``checkpoint_<step>.pt`` on rank 0, in the background: ranks wait only while rank 0 copies the state.
 
-    The file is complete, on the disk and proven readable before it gets its name: a failure leaves the earlier checkpoints.
+    A file is complete, on the disk and proven readable before it gets its name, and ``latest`` is a link to it after that: a
+    failure leaves the earlier checkpoints. A failure in the background is raised on all ranks by the next call. On leaving its
+    context a writer waits for its file.
 
     Arguments:
         folder: The folder of the run.
-        state: Values by the names in :data:`KEYS`: ``config`` (nested plain values), ``model`` and ``ema`` (weights),
-            ``optimiser`` (its state), ``step`` and ``samples_seen`` (integers), ``statistics`` (floats or lists).
         comm: All ranks; they hold the same state.
-        keep: Number of checkpoints to keep, at least 1.
-
-    Returns:
-        The path of the checkpoint.
-
-    Raises:
-        UserError: on all ranks, if the file cannot be written.
-        ValueError: if the names are not those in :data:`KEYS`.
+        keep_last: Number of checkpoints to keep, at least 1.
+        keep_every: Checkpoints of multiples of so many steps are kept besides.
     """
-    if set(state) != set(KEYS):
-        raise ValueError(f"a checkpoint has {sorted(KEYS)}, got {sorted(state)}")
-    path = Path(folder) / f"checkpoint_{state['step']:08d}.pt"
-    comm.on_root(lambda: _write(path, dict(state), keep))
-    return path
+
+    def __init__(self, folder: str | Path, comm: Communicator, keep_last: int = 2, keep_every: int | None = None) -> None:
+        self.folder, self.comm, self.keep_last, self.keep_every = Path(folder), comm, keep_last, keep_every
+        self._thread: threading.Thread | None = None
+        self._failure: Exception | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.wait()
+        elif self._thread:
+            self._thread.join()
+
+    def save(self, state: Mapping[str, Any]) -> Path:
+        """Begin to write a checkpoint, when the one before is written. Collective.
+
+        Arguments:
+            state: Values by the names in :data:`KEYS`: ``config`` (nested plain values), ``model`` and ``ema`` (weights),
+                ``optimiser`` (its state), ``step`` and ``samples_seen`` (integers), ``statistics`` (floats, lists or tensors).
+
+        Returns:
+            The path that the checkpoint will have.
+
+        Raises:
+            UserError: on all ranks, if the checkpoint before could not be written.
+            ValueError: if the names are not those in :data:`KEYS`.
+        """
+        if set(state) != set(KEYS):
+            raise ValueError(f"a checkpoint has {sorted(KEYS)}, got {sorted(state)}")
+        self.wait()
+        path = self.folder / f"checkpoint_{state['step']:08d}.pt"
+        if self.comm.rank == 0:
+            self._thread = threading.Thread(target=self._write, args=(path, _copy(dict(state))))
+            self._thread.start()
+        return path
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is written. Collective.
+
+        Raises:
+            UserError: on all ranks, if it could not be written.
+        """
+        self.comm.on_root(self._join)
+
+    def _join(self) -> None:
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._failure:
+            failure, self._failure = self._failure, None
+            raise failure
+
+    def _write(self, path: Path, state: dict[str, Any]) -> None:
+        try:
+            _write(path, state)
+            self._tidy(path)
+        except (OSError, RuntimeError) as error:
+            self._failure = UserError(f"{path}: cannot write the checkpoint: {' '.join(str(error).split())}")
+        except Exception as error:  # to be raised where a traceback is seen
+            self._failure = error
+
+    def _tidy(self, path: Path) -> None:
+        link = self.folder / f"latest.{os.getpid()}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(path.name)
+        link.replace(self.folder / "latest")
+        earlier = [other for other in find_all(self.folder) if _step(other) < _step(path)]
+        for old in earlier[: max(0, len(earlier) - (self.keep_last - 1))]:
+            if not self.keep_every or _step(old) % self.keep_every:
+                old.unlink()
+
+
+def save(folder: str | Path, state: Mapping[str, Any], comm: Communicator, keep_last: int = 2) -> Path:
+    """Write a checkpoint and wait for it. Collective; see :class:`CheckpointWriter`."""
+    with CheckpointWriter(folder, comm, keep_last) as writer:
+        return writer.save(state)
 
 
 def load_latest(folder: str | Path, comm: Communicator) -> tuple[Path, dict[str, Any]]:
@@ -124,17 +193,22 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def _write(path: Path, state: dict[str, Any], keep: int) -> None:
-    try:
-        with replace_when_complete(path, overwrite=True) as temporary:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-            torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot write the checkpoint: {' '.join(str(error).split())}") from None
-    earlier = [other for other in find_all(path.parent) if _step(other) < state["step"]]
-    for old in earlier[: max(0, len(earlier) - (keep - 1))]:
-        old.unlink()
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with replace_when_complete(path, overwrite=True) as temporary:
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+        torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+
+
+def _copy(value: Any) -> Any:
+    """Nested values with tensors of their own in host memory, which training does not change any more."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(item) for item in value)
+    return value
 
 
 def _step(path: Path) -> int:

@@ -8,11 +8,10 @@ detached, never differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpatch.decomposition import Decomposition
 from ddpatch.parallel.comm import Communicator
@@ -81,15 +80,3 @@ class Exchange:
             Windows with shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``.
         """
         return _ExchangeHalo.apply(patches, self.comm, self._halo)
-
-
-def sum_gradients(parameters: Iterable[nn.Parameter], comm: Communicator) -> None:
-    """Sum the parameter gradients over all ranks, in one flat message. A missing gradient counts as zero. Collective."""
-    parameters = [p for p in parameters if p.requires_grad]
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    grads = [p.grad for p in parameters if p.grad is not None]
-    flat = comm.allreduce_(torch.cat([g.reshape(-1) for g in grads]))
-    for grad, summed in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(summed.view_as(grad))

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import mpi4py
 import numpy as np
@@ -37,6 +37,15 @@ FORWARD_SECONDS = 0.5
 LEFT = os.EX_TEMPFAIL
 
 
+class PendingSum(NamedTuple):
+    """A sum on its way: the tensor, the buffers that must live until it is there, and MPI's request."""
+
+    tensor: Tensor
+    sent: np.ndarray
+    received: np.ndarray
+    request: MPI.Request | None
+
+
 class Communicator:
     """A clone of an MPI communicator that moves tensors, staged through host memory, and counts what it moves.
 
@@ -55,7 +64,7 @@ class Communicator:
     def __init__(self, comm: MPI.Intracomm | None = None, deterministic: bool = False) -> None:
         start_mpi()
         self._comm = (MPI.COMM_WORLD if comm is None else comm).Dup()
-        self._control = self._comm.Dup()
+        self._control, self._sums = self._comm.Dup(), self._comm.Dup()
         self.rank, self.size = self._comm.rank, self._comm.size
         self.deterministic = deterministic
         self.calls: Counter[str] = Counter()
@@ -69,6 +78,7 @@ class Communicator:
     def free(self) -> None:
         """Release the MPI handles. Collective."""
         self._control.Free()
+        self._sums.Free()
         self._comm.Free()
 
     @property
@@ -117,6 +127,24 @@ class Communicator:
         with self._counted("allreduce", send.nbytes):
             self._comm.Allreduce(send, receive, MPI.SUM)
         return tensor.copy_(torch.from_numpy(receive))
+
+    def start_sum(self, tensor: Tensor) -> PendingSum:
+        """Begin to sum a tensor over all ranks, while other communication goes on. Collective; finish in the same order."""
+        send = _host(tensor)
+        if self.deterministic:
+            return PendingSum(tensor, send, send, None)
+        receive = np.empty_like(send)
+        with self._counted("allreduce", send.nbytes):
+            return PendingSum(tensor, send, receive, self._sums.Iallreduce(send, receive, MPI.SUM))
+
+    def finish_sum(self, pending: PendingSum) -> Tensor:
+        """The sum that :meth:`start_sum` began, when it is there. Collective."""
+        if pending.request is None:
+            return self.allreduce_(pending.tensor.clone())
+        start = time.perf_counter()
+        pending.request.Wait()
+        self.seconds += time.perf_counter() - start
+        return _like(pending.received, pending.tensor)
 
     def union(self, flags: int) -> int:
         """The bitwise or of all ranks' flags: one reduction of 8 bytes. Collective."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.patches import cut
-from ddpatch.parallel.collectives import Exchange, sum_gradients
+from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
+from ddpatch.parallel.gradients import GradientSum
 from ddpatch.parallel.halo import Halo
 from ddpatch.parallel.roll import roll
 
@@ -124,7 +125,7 @@ def test_gradients_are_summed_and_missing_ones_count_as_zero(comm: Communicator)
     (used.sum() * (comm.rank + 1)).backward()
     if comm.rank == 0:
         unused.sum().backward()
-    sum_gradients([used, unused], comm)
+    GradientSum([used, unused], comm).finish()
     assert used.grad is not None and unused.grad is not None
     assert used.grad.tolist() == [sum(range(1, comm.size + 1))] * 3
     assert unused.grad.tolist() == [1.0] * 3

@@ -13,8 +13,9 @@ from ddpatch.data.fields import FieldFile
 from ddpatch.data.gaussian import PowerLaw
 from ddpatch.decomposition import Decomposition
 from ddpatch.model.patches import cut
-from ddpatch.parallel.collectives import Exchange, sum_gradients
+from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
+from ddpatch.parallel.gradients import GradientSum
 from ddpatch.run import make_model, measure_field, resolve
 from ddpatch.sample import Sampler
 from ddpatch.train import Training, train
@@ -42,7 +43,7 @@ def test_output_and_gradients_equal_the_serial_ones(
         x = cut(random_field(2, 2, grid), decomposition, exchange.patches).requires_grad_()
         out = model(x, torch.tensor([-1.0, 1.0], dtype=torch.float64), exchange)
         (out * cut(random_field(2, 2, grid, seed=9), decomposition, exchange.patches)).sum().backward()
-        sum_gradients(model.parameters(), ranks)
+        GradientSum(model.parameters(), ranks).finish()
         assert x.grad is not None
         results.append((out.detach(), x.grad, [p.grad for p in model.parameters()]))
     own = slice(exchange.patches.start, exchange.patches.stop)
