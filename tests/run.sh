@@ -93,6 +93,19 @@ sys.exit(pytest.main(["-q", "--color=no", "--with-mpi", "tests/mpi"]))'
     fi
 }
 
+# The job scripts in a SLURM of one node, which the test starts itself; the environment is that of the leg before.
+slurm_leg() {
+    local name="SLURM, 2 ranks of Open MPI" missing
+    missing=$(.venv/bin/python -c 'import sys; sys.path.insert(0, "tests/slurm"); import cluster; print(*cluster.missing(), sep=", ")')
+    if [[ -n $missing ]]; then
+        skip_leg "$name" "this machine lacks $missing (Debian, Ubuntu: slurm-wlm munge)"
+    elif ! .venv-mpio/bin/python -c 'import ddpatch, mpi4py' 2>/dev/null; then
+        skip_leg "$name" "there is no environment with Open MPI"
+    else
+        leg "$name" .venv-mpio/bin/python -m pytest -q --color=no -o faulthandler_timeout=500 tests/slurm
+    fi
+}
+
 make_environment .venv mpich,test,lint || leg "installation" false
 if ((FAILED > 0)); then finish; fi
 
@@ -105,4 +118,5 @@ for ranks in 1 2 3; do
 done
 leg "4 ranks" env DDPATCH_CI=1 .venv/bin/mpiexec -n 4 .venv/bin/python -m pytest -q --color=no --with-mpi tests
 mpio_leg
+slurm_leg
 finish

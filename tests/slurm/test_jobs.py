@@ -1,0 +1,90 @@
+"""jobs/train.sbatch in a real SLURM of one node: pre-empted, queued again, finished, and as if nothing had happened.
+
+Not part of ``pytest tests``: tests/run.sh runs it as a leg of its own, with an environment whose mpi4py uses Open MPI.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from cluster import cluster  # noqa: E402
+from problems import small_config, write_fields  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[2]
+STEPS = 200
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, cluster(Path(folder)) as environment:
+        yield environment
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    settings: dict[str, object] = {"steps": STEPS, "checkpoint_every": 10**6, "log_every": 1}
+    path = tmp_path / "config.yaml"
+    tree = small_config(write_fields(tmp_path / "data.h5"), "float32", train=settings, parallel={"deterministic": True})
+    path.write_text(tree.as_yaml())
+    return path
+
+
+def wait(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(0.2)
+
+
+def test_a_run_that_is_preempted_twice_ends_as_if_nothing_had_happened(
+    slurm: dict[str, str], config: Path, tmp_path: Path
+) -> None:
+    """Once by the early signal, upon which the job queues itself again, and once by the batch system itself."""
+    run, output = tmp_path / "run", tmp_path / "out"
+
+    def command(*line: str) -> str:
+        return subprocess.run(line, env=slurm, check=True, capture_output=True, text=True, timeout=60).stdout.strip()
+
+    def rows() -> int:
+        return len((run / "log.jsonl").read_text().splitlines()) if (run / "log.jsonl").exists() else 0
+
+    def state() -> str:
+        return command("squeue", "--noheader", "--format=%T", f"--jobs={job}")
+
+    def said(text: str) -> Callable[[], bool]:
+        return lambda: output.exists() and text in output.read_text()
+
+    exported = f"ALL,CONFIG={config},RUN={run},VENV={sys.prefix}"
+    shape = ["--nodes=1", "--ntasks=2", "--ntasks-per-node=2", "--cpus-per-task=1", f"--output={output}", f"--chdir={REPOSITORY}"]
+    job = command("sbatch", "--parsable", *shape, f"--export={exported}", str(REPOSITORY / "jobs" / "train.sbatch"))
+    wait(lambda: rows() > 20, "the first rows of the log")
+    command("scancel", "--signal=USR1", job)
+    wait(said("left on notice"), "the job leaves on SIGUSR1")
+    before = rows()
+    wait(lambda: state() == "PENDING", "the job is queued again")
+    command("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM lets a job wait for two minutes
+    wait(lambda: rows() > before + 20, "the job goes on after it queued itself again")
+    command("scontrol", "requeue", job)
+    wait(lambda: output.read_text().count("left on notice") == 2, "the job leaves when it is pre-empted")
+    wait(lambda: state() == "PENDING", "the job is queued again")
+    command("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait(lambda: (run / f"checkpoint_{STEPS:08d}.pt").exists(), "the last checkpoint")
+    whole = tmp_path / "whole"
+    mpirun = shutil.which("mpirun.openmpi") or "mpirun"
+    allowed = {**os.environ, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMP_NUM_THREADS": "1"}
+    line = [mpirun, "--oversubscribe", "-n", "2", sys.executable, "-m", "ddpatch", "train", str(config), "--run", str(whole)]
+    subprocess.run(line, check=True, env=allowed, timeout=300, capture_output=True)
+    states = [torch.load(folder / f"checkpoint_{STEPS:08d}.pt", weights_only=True) for folder in (whole, run)]
+    for key in ("model", "ema"):
+        assert all(torch.equal(states[0][key][name], tensor) for name, tensor in states[1][key].items())
