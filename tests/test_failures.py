@@ -52,6 +52,40 @@ def test_an_exception_on_any_rank_ends_the_job_with_its_traceback(tmp_path: Path
     assert f"rank {rank} of 3 failed" in done.stderr and "ValueError: boom" in done.stderr
 
 
+PHASES = {
+    "read": ("ddpatch.data.batches", "PatchBatches", "read"),
+    "forward": ("ddpatch.model.unet", "Decoder", "forward"),
+    "gather": ("ddpatch.parallel.collectives", "Exchange", "gather"),
+    "backward": ("ddpatch.parallel.gradients", "GradientSum", "_arrived"),
+    "write": ("ddpatch.io.checkpoint", "CheckpointWriter", "save"),
+}
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize("phase", PHASES)
+def test_an_exception_in_any_phase_of_a_training_ends_the_job(tmp_path: Path, phase: str, rank: int) -> None:
+    """The second call of a function of that phase fails on one rank; the others wait for it wherever they are."""
+    module, owner, name = PHASES[phase]
+    config = small_config(write_fields(tmp_path / "data.h5"), train={"steps": 50, "checkpoint_every": 1})
+    (tmp_path / "config.yaml").write_text(config.as_yaml())
+    job = (
+        f"import {module} as module\nfrom ddpatch.config import load\nfrom ddpatch.train import train\nfrom pathlib import Path\n"
+        f"known, calls = module.{owner}.{name}, []\n"
+        "def failing(*args, **kwargs):\n"
+        "    calls.append(time.monotonic())\n"
+        f"    if len(calls) == 2 and comm.rank == {rank}:\n"
+        f"        print('raised', flush=True)\n"
+        f"        raise RuntimeError('boom in {phase}')\n"
+        "    return known(*args, **kwargs)\n"
+        f"module.{owner}.{name} = failing\n"
+        f"train(load({str(tmp_path / 'config.yaml')!r}), Path({str(tmp_path / 'run')!r}), comm)"
+    )
+    done, seconds = launch(3, script(tmp_path, job))
+    assert done.returncode != 0 and "raised" in done.stdout
+    assert f"rank {rank} of 3 failed" in done.stderr and f"RuntimeError: boom in {phase}" in done.stderr
+    assert seconds < LIMIT / 2  # the start included; nobody waited
+
+
 def test_a_mistake_that_one_rank_finds_ends_the_job_with_its_line(tmp_path: Path) -> None:
     done, _ = launch(2, script(tmp_path, "if comm.rank == 1:\n    raise UserError('file: bad')\ncomm.barrier()"))
     assert done.returncode == 2

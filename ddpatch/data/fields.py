@@ -48,9 +48,12 @@ class FieldFile:
             _check_sources(self._dataset, self.path)
             self._axes = self._checked_axes(axes)
             self.header = self._read_header()
-        except BaseException:
+        except UserError:
             self._file.close()
             raise
+        except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+            self._file.close()
+            raise UserError(f"{self.path}: dataset '{name}' cannot be read, the file is damaged: {_reason(error)}") from None
 
     def __enter__(self) -> FieldFile:
         return self
@@ -94,8 +97,8 @@ class FieldFile:
         kept = [name for name in self._axes if name != "sample"]
         try:
             values = self._dataset[tuple(sample if name == "sample" else wanted[name] for name in self._axes)]
-        except OSError as error:
-            raise UserError(f"{self.path}: dataset '{self.name}': sample {sample} cannot be read: {error}") from None
+        except Exception as error:  # a damaged file raises whatever its bytes happen to mean
+            raise UserError(f"{self.path}: dataset '{self.name}': sample {sample} cannot be read: {_reason(error)}") from None
         if "channel" not in kept:
             values, kept = values[None], ["channel", *kept]
         ordered: np.ndarray = values.transpose([kept.index(name) for name in names])
@@ -229,3 +232,7 @@ def _consecutive(numbers: Sequence[int]) -> list[Run]:
         else:
             runs.append((place, number, 1))
     return runs
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
