@@ -86,7 +86,7 @@ CASES = {
         32,
         0.90,
         {"channels": [16, 32, 64], "halo": 4, "token_channels": 16, "coarse_width": 64, "coarse_layers": 3},
-        {"steps": 2000, "batch": 2, "ema": 500.0},
+        {"steps": 500, "batch": 2, "ema": 200.0},
     ),
 }
 ADAM = {**CASES["64x64"].train, "optimiser": "adam", "learning_rate": 3e-3}
