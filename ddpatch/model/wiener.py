@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ddpatch.model.tokens import interpolation, weighting
 
 TABLE = (-4.0, 4.0, 257)  # of g: first and last log10 σ, and their number
-LARGEST_SHARE = 0.95  # of η: keeps the stencil's equations well posed
+LARGEST_SHARE = 0.999  # of η: keeps the stencil's equations well posed
 
 
 class Waves(NamedTuple):
