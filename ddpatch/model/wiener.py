@@ -29,39 +29,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.model.tokens import interpolation, weighting
+from ddpatch.model.waves import Waves, interpolate, like, make_waves, phase_factors
 
 TABLE = (-4.0, 4.0, 257)  # of g: first and last log10 σ, and their number
 LARGEST_SHARE = 0.999  # of η: keeps the stencil's equations well posed
-
-
-class Waves(NamedTuple):
-    """What the coarse level knows of the modes of one token grid, those of ``torch.fft.rfftn``.
-
-    Attributes:
-        values, vectors: P = U diag(p) U^H, with shapes ``[*modes, channel]`` and ``[*modes, channel, channel]``.
-        phases: exp(i θ r) for the displacements r of the stencil, per axis: ``[2 δ + 1, mode]``.
-        mean, noise: B and A of means, ``[*modes]``; B is 0 for waves that the tokens do not resolve.
-        spline, square: S and R of splines, ``[*modes]``.
-        weight: Modes of the whole spectrum that a mode stands for, per point of the grid, ``[*modes]``.
-        angles: θ per axis, ``[mode]``.
-    """
-
-    values: Tensor
-    vectors: Tensor
-    phases: tuple[Tensor, ...]
-    mean: Tensor
-    noise: Tensor
-    spline: Tensor
-    square: Tensor
-    weight: Tensor
-    angles: tuple[Tensor, ...]
 
 
 class LinearPart(nn.Module):
@@ -142,34 +119,18 @@ class LinearPart(nn.Module):
     def scale(self, sigma: Tensor) -> Tensor:
         """g(σ), interpolated in a table, with shape ``[sample]``."""
         places = (sigma.log10() - TABLE[0]) / (TABLE[1] - TABLE[0]) * (TABLE[2] - 1)
-        return _interpolate(self.factors, 0, places).exp()
+        return interpolate(self.factors, 0, places).exp()
 
     def waves(self, token_grid: Sequence[int]) -> Waves:
         """The modes of a token grid; P is interpolated where the grid is another than the data's."""
         key = (*token_grid, self.values.device, self.values.dtype)
         if key not in self._waves:
-            self._waves[key] = Waves(*(_like(part, self.values) for part in self._make_waves(token_grid)))
+            self._waves[key] = Waves(*(like(part, self.values) for part in self._make_waves(token_grid)))
         return self._waves[key]
 
     def _make_waves(self, token_grid: Sequence[int]) -> Waves:
         assert self.cell is not None
-        kernels = [weighting(m, n) for m, n in zip(self.cell, self.reach, strict=True)]
-        numbers = [torch.fft.fftfreq(n, 1 / n, dtype=torch.float64) for n in token_grid[:-1]]
-        numbers.append(torch.arange(token_grid[-1] // 2 + 1, dtype=torch.float64))
-        angles = [2 * math.pi * k / (n * m) for k, n, m in zip(numbers, token_grid, self.cell, strict=True)]
-        power = torch.view_as_complex(self.power)
-        for axis, (angle, points) in enumerate(zip(angles, self.grid, strict=True), start=2):
-            first = power.shape[axis] // 2 if axis < power.ndim - 1 else 0
-            power = _interpolate(power, axis, angle * points / (2 * math.pi) + first)
-        values, vectors = torch.linalg.eigh(power.movedim((0, 1), (-2, -1)))
-        phases = _phases(self.reach, angles)
-        resolved = _outer([(2 * k.abs() < n).double() for k, n in zip(numbers, token_grid, strict=True)])
-        mean = _outer([_transfer(h, angle) for h, angle in zip(kernels, angles, strict=True)]) * resolved
-        noise = _outer([_noise(h, angle, m) for h, angle, m in zip(kernels, angles, self.cell, strict=True)])
-        spline, square = zip(*(_spline(angle, m) for angle, m in zip(angles, self.cell, strict=True)), strict=True)
-        alone = _outer([*(torch.ones_like(k) for k in numbers[:-1]), (numbers[-1] == 0).double()])
-        weight = (2 - alone) / math.prod(n * m for n, m in zip(token_grid, self.cell, strict=True))
-        return Waves(values.clamp(min=0), vectors, phases, mean, noise, _outer(spline), _outer(square), weight, tuple(angles))
+        return make_waves(token_grid, self.cell, self.reach, self.power, self.grid)
 
     def _resolved(self, token_grid: Sequence[int], lags: Tensor) -> Tensor:
         """Covariances by displacement of fields of spectrum η P and η, with the shape of ``lags``, stacked."""
@@ -178,7 +139,7 @@ class LinearPart(nn.Module):
         power = (waves.vectors * waves.values[..., None, :]) @ waves.vectors.mH
         one = torch.eye(self.channels, dtype=power.dtype).expand_as(power)
         found = torch.stack([power.conj(), one]) * share[..., None, None]
-        for phase in _phases([n // 2 for n in lags.shape[2:]], waves.angles):
+        for phase in phase_factors([n // 2 for n in lags.shape[2:]], waves.angles):
             found = torch.tensordot(found, phase, dims=([1], [1]))
         return found.real
 
@@ -231,55 +192,3 @@ def stencil_covariance(lags: Tensor, shape: Sequence[int]) -> Tensor:
     index: Any = (slice(None), slice(None), *apart.unbind(-1))
     found = lags[index]
     return found.transpose(1, 2).reshape(channels * points, channels * points)
-
-
-def _interpolate(values: Tensor, dim: int, places: Tensor) -> Tensor:
-    """Linear interpolation along a dim, at places in units of its entries."""
-    places = places.clamp(0, values.shape[dim] - 1)
-    low = places.floor().clamp(max=max(values.shape[dim] - 2, 0)).long()
-    share = (places - low).view([-1 if i == dim else 1 for i in range(values.ndim)])
-    high = (low + 1).clamp(max=values.shape[dim] - 1)
-    return values.index_select(dim, low) * (1 - share) + values.index_select(dim, high) * share
-
-
-def _phases(most: Sequence[int], angles: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """exp(i θ r) for displacements r up to ``most``, per axis: ``[2 most + 1, mode]``."""
-    lengths = [torch.arange(-n, n + 1, dtype=torch.float64)[:, None] for n in most]
-    return tuple(torch.exp(1j * r * angle) for r, angle in zip(lengths, angles, strict=True))
-
-
-def _transfer(kernel: Tensor, angle: Tensor) -> Tensor:
-    """What a symmetric kernel makes of a wave with phase 0 in its middle."""
-    points = torch.arange(len(kernel)).to(angle) - (len(kernel) - 1) / 2
-    return (angle[:, None] * points).cos() @ kernel
-
-
-def _noise(kernel: Tensor, angle: Tensor, cell: int) -> Tensor:
-    """The variance of white noise after the kernel, at every m-th point, relative to that before: 1 for a mean over m points."""
-    repeated = F.conv1d(kernel[None, None], kernel[None, None], padding=len(kernel) - 1)[0, 0]
-    lags = torch.arange(len(repeated)) - (len(kernel) - 1)
-    kept = lags % cell == 0
-    return cell * (angle[:, None] * lags[kept]).cos() @ repeated[kept]
-
-
-def _spline(angle: Tensor, cell: int) -> tuple[Tensor, Tensor]:
-    """What splines make of a wave on the tokens: the amplitude of that wave at the points, and the mean square of all of it."""
-    points = torch.arange(cell).to(angle) - (cell - 1) / 2
-    tokens = torch.arange(-1, 2).to(angle) * cell
-    made = torch.exp(1j * angle[:, None] * tokens) @ interpolation(1, cell).to(torch.complex128)
-    return (made * torch.exp(-1j * angle[:, None] * points)).real.mean(1), made.abs().square().mean(1)
-
-
-def _like(part: Any, values: Tensor) -> Any:
-    """On the device of some values and in their precision."""
-    if isinstance(part, tuple):
-        return tuple(_like(p, values) for p in part)
-    return part.to(values.device, torch.complex(values[:1], values[:1]).dtype if part.is_complex() else values.dtype)
-
-
-def _outer(factors: Sequence[Tensor]) -> Tensor:
-    """The product of one factor per axis, with shape ``[*axes]``."""
-    result = torch.ones((), dtype=torch.float64)
-    for factor in factors:
-        result = result[..., None] * factor
-    return result
