@@ -96,9 +96,9 @@ sys.exit(pytest.main(["-q", "--color=no", "--with-mpi", "tests/mpi"]))'
 # The job scripts in a SLURM of one node, which the test starts itself; the environment is that of the leg before.
 slurm_leg() {
     local name="SLURM, 2 ranks of Open MPI" missing
-    missing=$(.venv/bin/python -c 'import sys; sys.path.insert(0, "tests/slurm"); import cluster; print(*cluster.missing(), sep=", ")')
+    missing=$(.venv/bin/python tests/slurm/cluster.py)
     if [[ -n $missing ]]; then
-        skip_leg "$name" "this machine lacks $missing (Debian, Ubuntu: slurm-wlm munge)"
+        skip_leg "$name" "$missing (Debian, Ubuntu: slurm-wlm munge)"
     elif ! .venv-mpio/bin/python -c 'import ddpatch, mpi4py' 2>/dev/null; then
         skip_leg "$name" "there is no environment with Open MPI"
     else

@@ -1,4 +1,7 @@
-"""A real SLURM of one node in a folder: munged, slurmctld and slurmd on loopback, for the duration of a context."""
+"""A real SLURM of one node in a folder: munged, slurmctld and slurmd on loopback, for the duration of a context.
+
+python tests/slurm/cluster.py      # prints why it cannot run here; nothing if it can
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,3 +106,19 @@ def _free_ports(count: int) -> list[int]:
     finally:
         for s in sockets:
             s.close()
+
+
+def obstacle() -> str:
+    """Why SLURM cannot run here; the empty string if it can."""
+    if missing():
+        return f"this machine lacks {', '.join(missing())}"
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        try:
+            with cluster(Path(folder)):
+                return ""
+        except RuntimeError as error:
+            return f"SLURM does not start: {str(error).splitlines()[0]}"
+
+
+if __name__ == "__main__":
+    print(obstacle())
