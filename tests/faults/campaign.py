@@ -115,8 +115,8 @@ class Campaign:
 
 def descendants(parent: int, word: str) -> list[int]:
     """Processes below one whose command line has a word."""
-    found = []
-    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+    found, children = [], Path(f"/proc/{parent}/task/{parent}/children")
+    for child in children.read_text().split() if children.exists() else ():
         try:
             line = Path(f"/proc/{child}/cmdline").read_bytes().decode().split("\0")
             found += [int(child)] if word in line and "-n" not in line else []
