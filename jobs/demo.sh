@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole way on a small problem, on two cores in about ten minutes: simulate turbulence, train, sample, evaluate.
+# The whole way on a small problem, on two cores in some minutes: simulate turbulence, train, sample, evaluate.
 # Makes its own environment: bash jobs/demo.sh [FOLDER]. What is there already is reused: the data, and the run, which continues.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -38,11 +38,11 @@ LEFT = os.EX_TEMPFAIL
 
 
 class PendingSum(NamedTuple):
-    """A sum on its way: the tensor, the buffers that must live until it is there, and MPI's request."""
+    """A sum on its way: the tensor, the buffers that must live until it is there, and MPI's request; none in rank order."""
 
     tensor: Tensor
-    sent: np.ndarray
-    received: np.ndarray
+    sent: np.ndarray | None
+    received: np.ndarray | None
     request: MPI.Request | None
 
 
@@ -130,16 +130,16 @@ class Communicator:
 
     def start_sum(self, tensor: Tensor) -> PendingSum:
         """Begin to sum a tensor over all ranks, while other communication goes on. Collective; finish in the same order."""
-        send = _host(tensor)
         if self.deterministic:
-            return PendingSum(tensor, send, send, None)
+            return PendingSum(tensor, None, None, None)
+        send = _host(tensor)
         receive = np.empty_like(send)
         with self._counted("allreduce", send.nbytes):
             return PendingSum(tensor, send, receive, self._sums.Iallreduce(send, receive, MPI.SUM))
 
     def finish_sum(self, pending: PendingSum) -> Tensor:
         """The sum that :meth:`start_sum` began, when it is there. Collective."""
-        if pending.request is None:
+        if pending.request is None or pending.received is None:
             return self.allreduce_(pending.tensor.clone())
         start = time.perf_counter()
         pending.request.Wait()
