@@ -76,11 +76,15 @@ class Field:
         return {**dataclasses.asdict(dataclasses.replace(self, moments=None)), "moments": moments}
 
     @staticmethod
-    def from_state(state: dict[str, Any]) -> Field:
-        """The inverse of :meth:`as_state`."""
+    def from_state(state: dict[str, Any], origin: Path) -> Field:
+        """The inverse of :meth:`as_state`; ``origin`` names the checkpoint in messages.
+
+        Raises:
+            UserError: if the checkpoint was written before moments of the data were part of it.
+        """
         affine = Normalisation(*(tuple(state["normalisation"][key]) for key in ("mean", "std")))
         if "moments" not in state:
-            raise UserError("the checkpoint is of an earlier version, and holds no moments of the data; train anew")
+            raise UserError(f"{origin}: a checkpoint of an earlier version, which holds no moments of the data; train anew")
         moments = None if state["moments"] is None else Moments(**state["moments"])
         return Field(**{**state, "normalisation": affine, "moments": moments})
 
@@ -144,7 +148,7 @@ def stencil_reach(config: Config) -> tuple[int, ...]:
 
 
 def make_linear(config: Config, field: Field) -> LinearPart | None:
-    """The exact linear denoiser of the data, with a coarse part where block means of a periodic grid are gathered."""
+    """The exact linear denoiser of the data, with a coarse part where means of a periodic grid are gathered."""
     if not config.model.wiener or field.moments is None:
         return None
     paths, periodic = config.model.paths, config.domain.periodic

@@ -32,7 +32,7 @@ class MovingTiling:
 
         D_s(x) = R_-s D(R_s x),   (R_s x)(i) = x(i + s),
 
-    with s uniform over a patch, along periodic axes. Whatever a border does to a prediction, no point is near one twice in a row.
+    with s uniform over a patch, along periodic axes, so that borders do not act on the same points every time.
     For denoisers of independent patches the idea is that of PaDIS (Hu et al., NeurIPS 2024).
 
     Arguments:
@@ -69,7 +69,7 @@ class Sampler:
     def __init__(self, folder: Path, comm: Communicator, grid: Sequence[int] | None = None) -> None:
         path, state = checkpoint.load_latest(folder, comm)
         self.config: Config = build(state["config"], str(path))
-        self.field = Field.from_state(state["statistics"])
+        self.field = Field.from_state(state["statistics"], path)
         self.samples_seen: int = state["samples_seen"]
         self.comm, self.device = comm, comm.place(self.config.parallel.device)
         if grid is not None and len(grid) != len(self.config.domain.patch):

@@ -186,7 +186,7 @@ def train(
         origin, state = checkpoint.load_latest(folder, comm) if comm.broadcast(checkpoint.find_all(folder)) else (folder, None)
         if state:
             check_same_run(config, state, folder)
-        field = Field.from_state(state["statistics"]) if state else measure_field(config, file, comm)
+        field = Field.from_state(state["statistics"], origin) if state else measure_field(config, file, comm)
         training = Training(config, file, field, comm, notice)
         if state:
             training.restore(state, origin)

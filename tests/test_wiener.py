@@ -13,6 +13,7 @@ from ddpatch.config import Config
 from ddpatch.data.fields import FieldFile
 from ddpatch.data.gaussian import PowerLaw
 from ddpatch.data.normalisation import Normalisation
+from ddpatch.errors import UserError
 from ddpatch.model.patches import cut, join
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
@@ -96,6 +97,14 @@ def test_an_untrained_network_is_near_the_global_optimum(u: float, comm: Communi
     linear = denoise.model.linear
     assert linear is not None
     assert error == pytest.approx(float(linear.scale(level)) ** 2 * sigma**2 / (1 + sigma**2), rel=0.02)
+
+
+def test_a_checkpoint_without_moments_is_named() -> None:
+    state = exact_field(POWER, 2, 16).as_state()
+    assert Field.from_state(state, Path("a.pt")).moments is not None
+    del state["moments"]
+    with pytest.raises(UserError, match=r"a\.pt: a checkpoint of an earlier version"):
+        Field.from_state(state, Path("a.pt"))
 
 
 def test_white_data_leave_nothing_to_the_linear_part(comm: Communicator) -> None:
