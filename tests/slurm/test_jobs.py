@@ -40,7 +40,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def wait(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def wait(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
@@ -62,6 +62,12 @@ def test_a_run_that_is_preempted_twice_ends_as_if_nothing_had_happened(
     def state() -> str:
         return command("squeue", "--noheader", "--format=%T", f"--jobs={job}")
 
+    def on_its_way() -> bool:
+        """SLURM lets a job that was queued again wait for two minutes; an early request to start it now is overruled."""
+        if state() == "PENDING":
+            command("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return state() == "RUNNING"
+
     def said(text: str) -> Callable[[], bool]:
         return lambda: output.exists() and text in output.read_text()
 
@@ -73,12 +79,12 @@ def test_a_run_that_is_preempted_twice_ends_as_if_nothing_had_happened(
     wait(said("left on notice"), "the job leaves on SIGUSR1")
     before = rows()
     wait(lambda: state() == "PENDING", "the job is queued again")
-    command("scontrol", "update", f"JobId={job}", "StartTime=now")  # SLURM lets a job wait for two minutes
+    wait(on_its_way, "the job starts again")
     wait(lambda: rows() > before + 20, "the job goes on after it queued itself again")
     command("scontrol", "requeue", job)
     wait(lambda: output.read_text().count("left on notice") == 2, "the job leaves when it is pre-empted")
     wait(lambda: state() == "PENDING", "the job is queued again")
-    command("scontrol", "update", f"JobId={job}", "StartTime=now")
+    wait(on_its_way, "the job starts again")
     wait(lambda: (run / f"checkpoint_{STEPS:08d}.pt").exists(), "the last checkpoint")
     whole = tmp_path / "whole"
     mpirun = shutil.which("mpirun.openmpi") or "mpirun"
