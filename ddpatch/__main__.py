@@ -95,6 +95,7 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
             args.mode,
             args.overwrite,
             progress,
+            None if args.time_limit is None else parse_duration(args.time_limit),
         )
 
 
@@ -163,7 +164,7 @@ def _add_train(verbs: Any) -> None:
     verb.add_argument("config", type=Path, help="YAML file, see configs/")
     verb.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<name of the configuration>)")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, for example train.steps=100")
-    verb.add_argument("--time-limit", metavar="HH:MM:SS", help="leave with a checkpoint and exit code 75 when it is over")
+    _add_time_limit(verb, "a checkpoint")
     verb.set_defaults(run_verb=train)
 
 
@@ -180,7 +181,12 @@ def _add_sample(verbs: Any) -> None:
     verb.add_argument("--grid", type=int, nargs="+", metavar="N", help="points of the samples, [nz] ny nx (default: as trained)")
     verb.add_argument("--mode", help="gather, virtual, mpio or auto (default: that of the run)")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    _add_time_limit(verb, "the samples that are finished")
     verb.set_defaults(run_verb=sample)
+
+
+def _add_time_limit(verb: Any, what: str) -> None:
+    verb.add_argument("--time-limit", metavar="HH:MM:SS", help=f"leave with {what} and exit code 75 when it is over")
 
 
 def _add_evaluate(verbs: Any) -> None:

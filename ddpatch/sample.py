@@ -13,11 +13,13 @@ from torch import Tensor
 from ddpatch import __version__
 from ddpatch.config import Config, build
 from ddpatch.diffusion.solvers import Denoise, make_solver
-from ddpatch.errors import UserError
+from ddpatch.errors import Left, UserError
 from ddpatch.io import checkpoint
+from ddpatch.io.seal import read_seal
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.io.writers import open_writer
 from ddpatch.io.xdmf import write_sidecar
+from ddpatch.notice import Notice
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.roll import roll
@@ -71,6 +73,7 @@ class Sampler:
         self.config: Config = build(state["config"], str(path))
         self.field = Field.from_state(state["statistics"], path)
         self.samples_seen: int = state["samples_seen"]
+        self.checkpoint = f"{path.name}, sha256 {read_seal(path)}"
         self.comm, self.device = comm, comm.place(self.config.parallel.device)
         if grid is not None and len(grid) != len(self.config.domain.patch):
             raise UserError(f"--grid {' '.join(map(str, grid))}: the run has {len(self.config.domain.patch)} axes")
@@ -137,6 +140,7 @@ class Sampler:
                 "patch_shape": list(self.decomposition.patch_shape),
                 "ranks": self.comm.size,
                 "samples_seen": self.samples_seen,
+                "checkpoint": self.checkpoint,
                 "config": self.config.as_yaml(),
                 **provenance,
             },
@@ -156,8 +160,11 @@ def sample(
     mode: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    time_limit: float | None = None,
 ) -> None:
     """Draw samples from a trained run into one file, with an XDMF sidecar. Collective.
+
+    Samples are kept batch by batch: after a failure, or on notice, the same call makes those that are missing.
 
     Arguments:
         folder: Of the run.
@@ -169,8 +176,10 @@ def sample(
         grid: Points of the samples' grid. Default: that of the training.
         overwrite: Replace an existing file.
         progress: Called on every rank with the solver steps done and to do, all samples together.
+        time_limit: Seconds after which to leave.
 
     Raises:
+        Left: on all ranks, after a signal to one of them or at the end of the time, when a batch is on the disk.
         UserError: if run, grid, ranks or output do not fit.
     """
     if count < 1:
@@ -181,12 +190,18 @@ def sample(
     shift = (defaults.shift if shift is None else shift) and sampler.movable
     batch, total = sampler.config.train.batch, -(-count // sampler.config.train.batch) * steps
     header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift)
-    with open_writer(output, header, sampler.decomposition, comm, mode or sampler.config.output.mode, overwrite) as writer:
+    mode = mode or sampler.config.output.mode
+    with Notice(time_limit) as notice, open_writer(output, header, sampler.decomposition, comm, mode, overwrite) as writer:
         for start in range(0, count, batch):
             numbers, before = range(start, min(start + batch, count)), start // batch * steps
+            if writer.finished.issuperset(numbers):
+                continue
             drawn = sampler.draw(numbers, seed, solver, steps, shift, partial(_report, progress, before, total))
             for number, patches in zip(numbers, drawn, strict=True):
                 writer.write(number, patches.to("cpu", torch.float32))
+            writer.commit()
+            if comm.union(notice.given()) and len(writer.finished) < count:
+                raise Left(f"left on notice with {len(writer.finished)} of {count} samples; the same command goes on from there")
     comm.on_root(lambda: write_sidecar(output, header, overwrite=True))
 
 

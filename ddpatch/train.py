@@ -18,7 +18,7 @@ from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.errors import Left, UserError
 from ddpatch.io import checkpoint
 from ddpatch.io.volume import replace_when_complete
-from ddpatch.log import Log, Progress
+from ddpatch.log import Log, Progress, forget_rows
 from ddpatch.notice import Notice
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
@@ -190,7 +190,7 @@ def train(
         training = Training(config, file, field, comm, notice)
         if state:
             training.restore(state, origin)
-        comm.on_root(lambda: start_folder(folder, config))
+        comm.on_root(lambda: start_folder(folder, config, training.step))
         run_steps(training, folder, progress)
 
 
@@ -219,7 +219,8 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return ramp * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def start_folder(folder: Path, config: Config) -> None:
-    """Make the folder of a run and write the resolved configuration into it."""
+def start_folder(folder: Path, config: Config, step: int) -> None:
+    """Make the folder of a run, write the resolved configuration into it, and forget rows of the log after ``step``."""
+    forget_rows(folder / "log.jsonl", step)
     with replace_when_complete(folder / "config.yaml", overwrite=True) as temporary:
         temporary.write_text(config.as_yaml())
