@@ -177,12 +177,15 @@ def test_mistakes_on_the_command_line(
 def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
+    from ddpatch.io.seal import seal
+
     folder = tmp_path / "other"
     shutil.copytree(run, folder)
     path = next(folder.glob("checkpoint_*.pt"))
     state = torch.load(path, weights_only=True)
     state["config"]["model"]["channels"] = [8, 16]
     torch.save(state, path)
+    seal(path)
     line = mistake(capsys, "sample", folder, "--count", 1, "--output", tmp_path / "out.h5")
     assert "checkpoint of another model" in line and str(path) in line
 

@@ -158,7 +158,10 @@ def run(kills: int, folder: Path, seed: int) -> list[str]:
             raise SystemExit(f"{name}, after kills in {wanted}: not the result of the undisturbed run")
         finished[wanted] += 1
     lines = [f"| {phase} | {done[phase]} | {finished[phase]} |" for phase in PHASES]
-    lines += ["", f"A job ended at most {campaign.slowest:.1f} s after the kill. Kills in sampling left {kept} samples on the disk."]
+    lines += [
+        "",
+        f"A job ended at most {campaign.slowest:.1f} s after the kill. Kills in sampling left {kept} samples that were kept.",
+    ]
     return ["| killed during | kills | runs that ended with the undisturbed result, all |", "|---|---|---|", *lines]
 
 
