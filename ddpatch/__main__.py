@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -205,7 +207,11 @@ def _add_evaluate(verbs: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0, 2 after a user's mistake, or 75 if it left before its work was done."""
+    """Run a verb; returns the exit code: 0, 2 after a user's mistake, or 75 if it left before its work was done.
+
+    What it writes is not writable for all users, whatever the umask.
+    """
+    os.umask(os.umask(0) | stat.S_IWOTH)
 
     def verb(comm: Communicator) -> None:
         args = parser().parse_args(argv)
