@@ -181,15 +181,20 @@ class OutputConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     """``device`` is ``auto``, ``cpu`` or ``cuda``; ``deterministic`` sums over ranks in rank order: runs repeat bit for bit;
-    ``replicas`` is the number of groups of ranks that train on different samples, ``null`` as few as there can be.
+    ``replicas`` is the number of groups of ranks that train on different samples, ``null`` as few as there can be;
+    ``transport`` of tensors is ``host`` (MPI from host memory), ``cuda-aware`` (MPI from the memory of GPUs, where the library
+    can) or ``torch`` (NCCL, where every rank has a GPU of its own; gloo on CPUs); ``share_device`` lets ranks share a GPU.
     """
 
     device: str = "auto"
+    transport: str = "host"
+    share_device: bool = False
     deterministic: bool = False
     replicas: int | None = None
 
     def __post_init__(self) -> None:
         _one_of(self.device, ("auto", "cpu", "cuda"), "parallel.device")
+        _one_of(self.transport, ("host", "cuda-aware", "torch"), "parallel.transport")
         _require(self.replicas is None or self.replicas > 0, "parallel.replicas", self.replicas, "a positive number")
 
 

@@ -74,7 +74,9 @@ class Sampler:
         self.field = Field.from_state(state["statistics"], path)
         self.samples_seen: int = state["samples_seen"]
         self.checkpoint = f"{path.name}, sha256 {read_seal(path)}"
-        self.comm, self.device = comm, comm.place(self.config.parallel.device)
+        parallel = self.config.parallel
+        self.comm, self.device = comm, comm.place(parallel.device, parallel.share_device)
+        comm.connect(parallel.transport, self.device)
         if grid is not None and len(grid) != len(self.config.domain.patch):
             raise UserError(f"--grid {' '.join(map(str, grid))}: the run has {len(self.config.domain.patch)} axes")
         if grid is not None and self.config.model.paths.whole and tuple(grid) != self.config.domain.patch:

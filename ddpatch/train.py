@@ -58,7 +58,8 @@ class Training:
 
     def __init__(self, config: Config, file: FieldFile, field: Field, comm: Communicator, notice: Notice | None = None) -> None:
         self.config, self.field, self.comm, self.notice = config, field, comm, notice or Notice()
-        self.device = comm.place(config.parallel.device)
+        self.device = comm.place(config.parallel.device, config.parallel.share_device)
+        comm.connect(config.parallel.transport, self.device)
         self.grid = make_grid(comm, replicas(config, comm.size))
         self.decomposition = decompose(config, self.grid.domain.size)
         self.coupling = Exchange(self.decomposition, self.grid.domain, config.model.reach)
