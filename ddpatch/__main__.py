@@ -93,6 +93,7 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
             args.seed,
             args.grid,
             args.mode,
+            args.patches_at_once,
             args.overwrite,
             progress,
         )
@@ -179,6 +180,7 @@ def _add_sample(verbs: Any) -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--grid", type=int, nargs="+", metavar="N", help="points of the samples, [nz] ny nx (default: as trained)")
     verb.add_argument("--mode", help="gather, virtual, mpio or auto (default: that of the run)")
+    verb.add_argument("--patches-at-once", type=int, metavar="N", help="patches in memory together (default: as the run says)")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing file")
     verb.set_defaults(run_verb=sample)
 

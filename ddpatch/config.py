@@ -194,6 +194,19 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class ExecutionConfig:
+    """What decides about memory and time, not about results: ``patches_at_once`` is the number of patches, of every sample on a
+    rank, whose features are in memory together; ``null`` all of them (:mod:`ddpatch.model.groups`).
+    """
+
+    patches_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        most = self.patches_at_once
+        _require(most is None or most > 0, "execution.patches_at_once", most, "a positive number of patches")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that defines a run."""
 
@@ -205,6 +218,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as plain nested dictionaries of lists, numbers and strings."""

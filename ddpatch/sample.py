@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddpatch import __version__
-from ddpatch.config import Config, build
+from ddpatch.config import Config, ExecutionConfig, build
 from ddpatch.diffusion.solvers import Denoise, make_solver
 from ddpatch.errors import UserError
 from ddpatch.io import checkpoint
@@ -22,7 +23,7 @@ from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.roll import roll
 from ddpatch.random import Stream, generator, patch_noise
-from ddpatch.run import Field, decompose, dtype, make_denoiser, make_model
+from ddpatch.run import Field, check_groups, decompose, dtype, make_denoiser, make_model
 
 Progress = Callable[[int], None]
 
@@ -61,12 +62,15 @@ class Sampler:
         folder: Of the run; its newest checkpoint is taken.
         comm: The ranks that share every sample.
         grid: Points of the samples' grid, a multiple of the patch. Default: the grid of the training.
+        patches_at_once: As in the configuration. Default: that of the run, or what there is where ranks have fewer patches.
 
     Raises:
         UserError: if there is no readable checkpoint, or the grid does not fit the patches or the ranks.
     """
 
-    def __init__(self, folder: Path, comm: Communicator, grid: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, folder: Path, comm: Communicator, grid: Sequence[int] | None = None, patches_at_once: int | None = None
+    ) -> None:
         path, state = checkpoint.load_latest(folder, comm)
         self.config: Config = build(state["config"], str(path))
         self.field = Field.from_state(state["statistics"], path)
@@ -79,6 +83,10 @@ class Sampler:
                 f"--grid {' '.join(map(str, grid))}: a full-domain model has the grid {list(self.config.domain.patch)}"
             )
         self.decomposition = decompose(self.config, comm.size, grid)
+        inherited = self.config.execution.patches_at_once
+        at_once = patches_at_once or (inherited and min(inherited, max(self.decomposition.counts)))
+        self.config = dataclasses.replace(self.config, execution=ExecutionConfig(at_once))
+        check_groups(self.config, self.decomposition)
         self.coupling = Exchange(self.decomposition, comm, self.config.model.reach)
         self.model = make_model(self.config, self.field)
         checkpoint.restore_weights(self.model, state["ema"], path)
@@ -108,10 +116,10 @@ class Sampler:
             Shape ``[sample, local patch, channel, *patch_shape]``.
         """
         shape = (len(self.field.channels), *self.decomposition.patch_shape)
-        noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config)).to(self.device)
+        noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config))
         sigmas = self.field.schedule.steps(steps)
         denoise = MovingTiling(self.denoise, self.coupling, seed) if shift and self.movable else self.denoise
-        x = noise * float(sigmas[0])
+        x = noise.to(self.device).mul_(float(sigmas[0]))
         for done, state in enumerate(make_solver(solver, denoise).trajectory(x, sigmas), start=1):
             x = state
             progress(done)
@@ -154,6 +162,7 @@ def sample(
     seed: int = 0,
     grid: Sequence[int] | None = None,
     mode: str | None = None,
+    patches_at_once: int | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
@@ -164,7 +173,7 @@ def sample(
         output: File of the samples.
         count: Number of samples; sample k depends on ``seed`` and k only.
         comm: The ranks that share every sample.
-        solver, steps, shift, mode: Override the configuration of the run.
+        solver, steps, shift, mode, patches_at_once: Override the configuration of the run.
         seed: Of the series.
         grid: Points of the samples' grid. Default: that of the training.
         overwrite: Replace an existing file.
@@ -175,7 +184,7 @@ def sample(
     """
     if count < 1:
         raise UserError(f"--count {count}: expected at least 1 sample")
-    sampler = Sampler(folder, comm, grid)
+    sampler = Sampler(folder, comm, grid, patches_at_once)
     defaults = sampler.config.sample
     solver, steps = solver or defaults.solver, steps or defaults.steps
     shift = (defaults.shift if shift is None else shift) and sampler.movable

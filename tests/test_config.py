@@ -39,6 +39,7 @@ def test_overrides_and_round_trip(path: Path) -> None:
         ("sample.solver=hune", r"expected one of heun, dpm\+\+2m, got 'hune', did you mean 'heun'\?"),
         ("model.coarse_width=30", "model.coarse_width: expected a multiple of 2 × coarse_heads = 8, got 30"),
         ("model.coupling=two-levle", r"model.coupling: expected one of .*, got 'two-levle', did you mean 'two-level'\?"),
+        ("execution.patches_at_once=0", "execution.patches_at_once: expected a positive number of patches, got 0"),
         ("train=3", "expected section.key=value"),
         ("domain.patch=[", "not valid YAML"),
     ],
