@@ -12,18 +12,15 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
 import platform
-import shutil
 import statistics
-import subprocess
-import sys
 import time
 from datetime import date
 from pathlib import Path
 
 import torch
 from hardware import describe
+from launch import launch
 
 from ddpatch.config import build
 from ddpatch.data.normalisation import Normalisation
@@ -70,27 +67,6 @@ def measure(model: str, grid: int, steps: int) -> dict[str, float]:
         "communication": statistics.median(communication[1:]),
         "parameters": count_parameters(network),
     }
-
-
-def launch(ranks: int, model: str, grid: int, steps: int) -> dict[str, float]:
-    """Run :func:`measure` under mpiexec."""
-    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    command = [
-        str(mpiexec),
-        "-n",
-        str(ranks),
-        sys.executable,
-        __file__,
-        "--worker",
-        model,
-        "--grid",
-        str(grid),
-        "--steps",
-        str(steps),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    row: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return row
 
 
 def report(rows: list[dict[str, float | str]], grid: int, command: str) -> str:
@@ -142,7 +118,8 @@ def main() -> None:
     rows: list[dict[str, float | str]] = []
     for i in range(args.rounds):
         for name, (ranks, model) in RUNS.items():
-            rows.append({"round": i, "run": name, **launch(ranks, model, args.grid, args.steps)})
+            command = [__file__, "--worker", model, "--grid", str(args.grid), "--steps", str(args.steps)]
+            rows.append({"round": i, "run": name, **json.loads(launch(ranks, *command).splitlines()[-1])})
             print(rows[-1], flush=True)
     stem = RESULTS / f"step_{platform.machine()}_{date.today()}"
     with stem.with_suffix(".csv").open("w", newline="") as file:

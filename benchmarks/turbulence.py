@@ -21,12 +21,8 @@ import argparse
 import csv
 import json
 import os
-import shutil
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import date
 from itertools import product
@@ -36,6 +32,7 @@ from typing import Any
 import torch
 import yaml
 from hardware import describe
+from launch import launch
 from torch import Tensor
 
 from ddpatch.couplings import COUPLINGS
@@ -105,15 +102,6 @@ FULL = {
         "isotropic", 64, (32,) * 3, (256, 64, 32), WIDE, [64, 128, 328], {"steps": 4000, "batch": 4, "ema": 1000.0}
     ),
 }
-
-
-def launch(ranks: int, *command: str, threads: int = 1, log: Path | None = None) -> str:
-    """Run a command of this interpreter under mpiexec; returns what it prints. ``log``: a file for its progress."""
-    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    line = [str(mpiexec), "-n", str(ranks), sys.executable, *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    with log.open("w") if log else nullcontext() as errors:
-        return subprocess.run(line, check=True, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment).stdout
 
 
 def prepare(flow: Flow, folder: Path) -> None:

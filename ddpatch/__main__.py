@@ -95,6 +95,7 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
             args.seed,
             args.grid,
             args.mode,
+            args.set,
             args.overwrite,
             progress,
             None if args.time_limit is None else parse_duration(args.time_limit),
@@ -182,6 +183,7 @@ def _add_sample(verbs: Any) -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--grid", type=int, nargs="+", metavar="N", help="points of the samples, [nz] ny nx (default: as trained)")
     verb.add_argument("--mode", help="gather, virtual, mpio or auto (default: that of the run)")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run, as in train")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing file")
     _add_time_limit(verb, "the samples that are finished")
     verb.set_defaults(run_verb=sample)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import types
 import typing
@@ -199,6 +200,19 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class ExecutionConfig:
+    """What decides about memory and time, not about results: ``patches_at_once`` is the number of patches, of every sample on a
+    rank, whose features are in memory together; ``null`` all of them (:mod:`ddpatch.model.groups`).
+    """
+
+    patches_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        most = self.patches_at_once
+        _require(most is None or most > 0, "execution.patches_at_once", most, "a positive number of patches")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that defines a run."""
 
@@ -210,6 +224,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as plain nested dictionaries of lists, numbers and strings."""
@@ -239,14 +254,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'domain:' and 'data:', got {type(tree).__name__}")
+    return build(tree, str(path), overrides)
+
+
+def build(tree: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """Make a configuration from nested dictionaries and overrides; ``origin`` names their source in messages."""
+    changed = copy.deepcopy(dict(tree))
     for override in overrides:
-        _override(tree, override)
-    return build(tree, str(path))
-
-
-def build(tree: Mapping[str, Any], origin: str) -> Config:
-    """Make a configuration from nested dictionaries; ``origin`` names their source in messages."""
-    return _build(Config, tree, "", origin)
+        _override(changed, override)
+    return _build(Config, changed, "", origin)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

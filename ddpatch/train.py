@@ -27,6 +27,7 @@ from ddpatch.parallel.grid import make_grid
 from ddpatch.random import Stream, generator, patch_noise
 from ddpatch.run import (
     Field,
+    check_groups,
     check_same_run,
     decompose,
     dtype,
@@ -183,7 +184,7 @@ def train(
     """
     with Notice(time_limit) as notice, FieldFile(config.data.path, config.data.name, config.data.axes) as file:
         config = resolve(config, file)
-        replicas(config, comm.size)
+        check_groups(config, decompose(config, comm.size // replicas(config, comm.size)))
         origin, state = checkpoint.load_latest(folder, comm) if comm.broadcast(checkpoint.find_all(folder)) else (folder, None)
         if state:
             check_same_run(config, state, folder)

@@ -174,6 +174,13 @@ def test_mistakes_on_the_command_line(
     assert not (tmp_path / "out.h5").exists()
 
 
+def test_what_was_trained_cannot_be_overridden_when_it_is_sampled(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = mistake(capsys, "sample", run, "--count", 1, "--output", tmp_path / "out.h5", "--set", "model.halo=2")
+    assert "--set model.halo=2: expected a key of sample, output, parallel, execution" in line
+
+
 def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 

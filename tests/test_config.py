@@ -41,6 +41,7 @@ def test_overrides_and_round_trip(path: Path) -> None:
         ("model.coupling=two-levle", r"model.coupling: expected one of .*, got 'two-levle', did you mean 'two-level'\?"),
         ("parallel.transport=nccl", "parallel.transport: expected one of host, cuda-aware, torch, got 'nccl'"),
         ("parallel.share_device=2", "parallel.share_device: expected bool, got 2"),
+        ("execution.patches_at_once=0", "execution.patches_at_once: expected a positive number of patches, got 0"),
         ("train=3", "expected section.key=value"),
         ("domain.patch=[", "not valid YAML"),
     ],

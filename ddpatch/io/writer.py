@@ -156,10 +156,10 @@ class VolumeWriter(ABC):
         self._remove()
 
     def _series(self) -> dict[str, Any]:
-        """What has to be equal for a series to go on."""
+        """What has to be equal for a series to go on: the checkpoint of a run stands for its configuration."""
         header = {**vars(self.header), **self.header.attributes}
         return {"mode": self.mode, "ranks": None if self.any_ranks else self.comm.size} | {
-            name: value for name, value in header.items() if name not in ("attributes", "ranks")
+            name: value for name, value in header.items() if name not in ("attributes", "ranks", "config")
         }
 
     def _look_back(self) -> set[int]:
