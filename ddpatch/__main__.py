@@ -102,6 +102,21 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
         )
 
 
+def calibrate(args: argparse.Namespace, comm: Communicator) -> None:
+    """Find the noise scale with which samples of a run have the energy of its data, and keep it for sampling."""
+    from ddpatch.calibrate import calibrate as run
+
+    with tqdm(desc="calibrate", unit="solver step", disable=comm.rank > 0) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        found = run(args.run, comm, args.count, args.solver, args.steps, args.set, progress)
+    if comm.rank == 0:
+        print(f"noise scale {found['noise_scale']:.4f}; without it the energy is off by {found['energy']:+.3f} (logarithm)")
+
+
 def evaluate(args: argparse.Namespace, comm: Communicator) -> None:
     """Compare samples with a reference."""
     from ddpatch.evaluate import evaluate as run
@@ -142,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
     _add_simulate(verbs)
     _add_train(verbs)
     _add_sample(verbs)
+    _add_calibrate(verbs)
     _add_evaluate(verbs)
     verbs.add_parser("info", help=info.__doc__, description=info.__doc__).set_defaults(run_verb=info)
     return top
@@ -187,6 +203,16 @@ def _add_sample(verbs: Any) -> None:
     verb.add_argument("--overwrite", action="store_true", help="replace an existing file")
     _add_time_limit(verb, "the samples that are finished")
     verb.set_defaults(run_verb=sample)
+
+
+def _add_calibrate(verbs: Any) -> None:
+    verb = verbs.add_parser("calibrate", help=calibrate.__doc__, description=calibrate.__doc__)
+    verb.add_argument("run", type=Path, help="folder of the run")
+    verb.add_argument("--count", type=int, default=32, help="samples of either of two trials (default %(default)s)")
+    verb.add_argument("--solver", help="as in sample")
+    verb.add_argument("--steps", type=int, help="as in sample")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run, as in sample")
+    verb.set_defaults(run_verb=calibrate)
 
 
 def _add_time_limit(verb: Any, what: str) -> None:

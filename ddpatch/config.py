@@ -157,14 +157,18 @@ class TrainConfig:
 @dataclass(frozen=True)
 class SampleConfig:
     """How samples are drawn: ``solver`` is ``heun`` or ``dpm++2m``, ``steps`` the number of solver steps. ``shift`` lets the
-    patches tile the grid from another origin in every evaluation, along periodic axes, where the training did so too.
+    patches tile the grid from another origin in every evaluation, along periodic axes, where the training did so too. The
+    predicted noise is divided by ``noise_scale``; ``null`` takes what ``ddpatch calibrate`` found for the checkpoint, or 1.
     """
 
     solver: str = "dpm++2m"
     steps: int = 20
     shift: bool = True
+    noise_scale: float | None = None
 
     def __post_init__(self) -> None:
+        scale = self.noise_scale
+        _require(scale is None or scale > 0, "sample.noise_scale", scale, "a positive number")
         _one_of(self.solver, ("heun", "dpm++2m"), "sample.solver")
         _require(self.steps > 0, "sample.steps", self.steps, "a positive number")
 

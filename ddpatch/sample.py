@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from ddpatch.random import Stream, generator, patch_noise
 from ddpatch.run import Field, build_for_sampling, check_groups, decompose, dtype, fit_groups, make_denoiser, make_model
 
 Progress = Callable[[int], None]
+CALIBRATION = "calibration.json"
 
 
 class MovingTiling:
@@ -75,7 +77,7 @@ class Sampler:
         path, state = checkpoint.load_latest(folder, comm)
         self.config: Config = build_for_sampling(state["config"], str(path), overrides)
         self.field = Field.from_state(state["statistics"], path)
-        self.samples_seen: int = state["samples_seen"]
+        self.folder, self.samples_seen = folder, int(state["samples_seen"])
         self.checkpoint = f"{path.name}, sha256 {read_seal(path)}"
         parallel = self.config.parallel
         self.comm, self.device = comm, comm.place(parallel.device, parallel.share_device)
@@ -103,6 +105,7 @@ class Sampler:
         solver: str,
         steps: int,
         shift: bool = False,
+        noise_scale: float = 1.0,
         progress: Progress = lambda done: None,
     ) -> Tensor:
         """Own patches of some samples in physical units. Collective.
@@ -113,6 +116,7 @@ class Sampler:
             solver: Name of the solver.
             steps: Number of solver steps.
             shift: Move the tiling, where :attr:`movable`.
+            noise_scale: By which the solver divides the predicted noise.
             progress: Called after every step with the number of steps done.
 
         Returns:
@@ -123,7 +127,7 @@ class Sampler:
         sigmas = self.field.schedule.steps(steps)
         denoise = MovingTiling(self.denoise, self.coupling, seed) if shift and self.movable else self.denoise
         x = noise.to(self.device).mul_(float(sigmas[0]))
-        for done, state in enumerate(make_solver(solver, denoise).trajectory(x, sigmas), start=1):
+        for done, state in enumerate(make_solver(solver, denoise, noise_scale).trajectory(x, sigmas), start=1):
             x = state
             progress(done)
         return self.field.normalisation.restore(x)
@@ -134,6 +138,13 @@ class Sampler:
         patches are not told where they are.
         """
         return self.config.data.shift and self.config.model.positions == 0 and any(self.decomposition.periodic)
+
+    def noise_scale(self, solver: str, steps: int) -> float:
+        """That of the configuration, or what calibration found for this checkpoint, solver and number of steps, or 1."""
+        wanted = {"checkpoint": self.checkpoint, "solver": solver, "steps": steps}
+        found = self.comm.broadcast(read_calibration(self.folder / CALIBRATION))
+        calibrated = found["noise_scale"] if wanted.items() <= found.items() else 1.0
+        return self.config.sample.noise_scale or calibrated
 
     def header(self, count: int, **provenance: Any) -> VolumeHeader:
         """The header of a file of ``count`` samples."""
@@ -199,20 +210,36 @@ def sample(
     solver, steps = solver or defaults.solver, steps or defaults.steps
     shift = (defaults.shift if shift is None else shift) and sampler.movable
     batch, total = sampler.config.train.batch, -(-count // sampler.config.train.batch) * steps
-    header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift)
+    scale = sampler.noise_scale(solver, steps)
+    header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift, noise_scale=scale)
     mode = mode or sampler.config.output.mode
     with Notice(time_limit) as notice, open_writer(output, header, sampler.decomposition, comm, mode, overwrite) as writer:
         for start in range(0, count, batch):
             numbers, before = range(start, min(start + batch, count)), start // batch * steps
             if writer.finished.issuperset(numbers):
                 continue
-            drawn = sampler.draw(numbers, seed, solver, steps, shift, partial(_report, progress, before, total))
+            drawn = sampler.draw(numbers, seed, solver, steps, shift, scale, partial(_report, progress, before, total))
             for number, patches in zip(numbers, drawn, strict=True):
                 writer.write(number, patches.to("cpu", torch.float32))
             writer.commit()
             if comm.union(notice.given()) and len(writer.finished) < count:
                 raise Left(f"left on notice with {len(writer.finished)} of {count} samples; the same command goes on from there")
     comm.on_root(lambda: write_sidecar(output, header, overwrite=True))
+
+
+def read_calibration(path: Path) -> dict[str, Any]:
+    """What ``ddpatch calibrate`` kept, nothing where it was not run.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+        return {**found, "noise_scale": float(found["noise_scale"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: not what ddpatch calibrate writes; run it again, or remove the file") from None
 
 
 def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:

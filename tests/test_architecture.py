@@ -17,7 +17,7 @@ FLOORS = [
         *("model", "diffusion", "optimiser"),
     ),
     ("parallel", "data", "io", "statistics"),
-    ("run", "log", "train", "sample", "simulate", "evaluate", "info"),
+    ("run", "log", "train", "sample", "calibrate", "simulate", "evaluate", "info"),
     ("__main__",),
 ]
 

@@ -1,0 +1,102 @@
+"""The verb ``calibrate``: the noise scale with which the samples of a run have the energy of its training data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddpatch.data.fields import FieldFile
+from ddpatch.errors import UserError
+from ddpatch.io.volume import replace_when_complete
+from ddpatch.parallel.comm import Communicator
+from ddpatch.run import Field
+from ddpatch.sample import CALIBRATION, Sampler, sample
+from ddpatch.statistics.spectrum import mode_deviation
+
+TRIAL = 1.01
+LEAST, MOST = 0.95, 1.05
+
+
+def calibrate(
+    folder: Path,
+    comm: Communicator,
+    count: int = 32,
+    solver: str | None = None,
+    steps: int | None = None,
+    overrides: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Find λ with which nothing is missing from the energy of samples, and keep it in the folder of the run. Collective.
+
+        m(λ) = mean over shells k of ln(E_λ(k) / E(k)),   m(λ*) = 0,
+
+    with E of the training data, over the resolved shells (a third of the points per axis). m is close to linear: λ* is where the
+    line through m(1) and m(1.01) is 0, found with the same noise for both. The data's spectrum is that in the checkpoint: no
+    reference is seen.
+
+    Arguments:
+        folder: Of the run; its newest checkpoint is calibrated.
+        comm: The ranks that share every sample.
+        count: Samples of either trial; the error of λ is that of m, divided by its slope.
+        solver, steps, overrides: As for :func:`ddpatch.sample.sample`.
+        progress: Called on every rank with the solver steps done and to do.
+
+    Returns:
+        What is kept: ``checkpoint``, ``solver``, ``steps``, ``noise_scale``, and ``energy``, which is m(1).
+
+    Raises:
+        UserError: if the samples have energies that no scale from 0.95 to 1.05 mends.
+    """
+    sampler = Sampler(folder, comm, overrides=overrides)
+    settings = sampler.config.sample
+    solver, steps = solver or settings.solver, steps or settings.steps
+
+    def energy(trial: int, scale: float) -> float:
+        def both(done: int, total: int) -> None:
+            progress(trial * total + done, 2 * total)
+
+        path, forced = folder / f".calibration-{scale:g}.h5", [*overrides, f"sample.noise_scale={scale}"]
+        sample(folder, path, count, comm, solver, steps, overrides=forced, mode="gather", overwrite=True, progress=both)
+        found = excess_energy(path, sampler.field, comm)
+        comm.on_root(lambda: _remove(path))
+        return found
+
+    first, second = energy(0, 1.0), energy(1, TRIAL)
+    scale = 1 - first * (TRIAL - 1) / (second - first)
+    if not LEAST <= scale <= MOST:
+        raise UserError(
+            f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a noise scale from {LEAST} to {MOST} "
+            f"mends, not {scale:.3g}; train longer"
+        )
+    kept: dict[str, Any] = {
+        "checkpoint": sampler.checkpoint,
+        "solver": solver,
+        "steps": steps,
+        "noise_scale": scale,
+        "energy": first,
+    }
+    comm.on_root(lambda: _keep(folder / CALIBRATION, kept))
+    return kept
+
+
+def excess_energy(path: Path, field: Field, comm: Communicator) -> float:
+    """m, the mean over the resolved shells of ln(E(k) of a file / E(k) of the training data). Collective."""
+    affine = field.normalisation
+    with FieldFile(path) as file:
+        found, _ = mode_deviation(file, range(file.header.samples), comm, None, np.asarray(affine.mean), np.asarray(affine.std))
+        shells = slice(1, min(file.header.grid_shape) // 3 + 1)
+    return float(2 * np.log(found.numpy()[shells] / np.asarray(field.spectrum[0])[shells]).mean())
+
+
+def _keep(path: Path, kept: dict[str, Any]) -> None:
+    with replace_when_complete(path, overwrite=True) as temporary:
+        temporary.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _remove(path: Path) -> None:
+    for each in (path, path.with_suffix(".xdmf")):
+        each.unlink(missing_ok=True)

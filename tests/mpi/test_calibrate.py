@@ -1,0 +1,73 @@
+"""Calibration finds by how much a denoiser takes noise for too much, on any number of ranks, and sampling uses what it found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import pytest
+import torch
+from problems import small_config, write_fields
+
+from ddpatch.calibrate import calibrate
+from ddpatch.diffusion.solvers import make_solver
+from ddpatch.errors import UserError
+from ddpatch.parallel.comm import Communicator
+from ddpatch.sample import Sampler, sample
+from ddpatch.train import train
+
+pytestmark = pytest.mark.mpi(min_size=1)
+
+
+@pytest.mark.parametrize("solver", ["heun", "dpm++2m"])
+def test_the_scale_undoes_noise_that_is_predicted_too_large(comm: Communicator, solver: str) -> None:
+    def exact(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x / (1 + sigma[:, None] ** 2)
+
+    def too_much(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x - 1.03 * (x - exact(x, sigma))
+
+    noise, sigmas = torch.randn(4, 50, dtype=torch.float64), torch.logspace(1, -2, 12, dtype=torch.float64)
+    expected = make_solver(solver, exact).solve(noise, sigmas)
+    torch.testing.assert_close(make_solver(solver, too_much, 1.03).solve(noise, sigmas), expected)
+    assert make_solver(solver, too_much).solve(noise, sigmas).var() < 0.95 * expected.var()
+
+
+def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is the exact linear denoiser and a little noise; one that predicts 1 % more noise needs 1 % more scale."""
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5", samples=32))
+    train(small_config(data, "float32", train={"steps": 1, "batch": 8}, model={"halo": 4}), shared_path / "run", comm)
+    right = calibrate(shared_path / "run", comm, count=16, steps=10)
+    made, known = Sampler.__init__, []
+
+    def wrong(self: Sampler, *args: object, **options: object) -> None:
+        made(self, *args, **options)  # type: ignore[arg-type]
+        exact = self.denoise
+        self.denoise = lambda x, sigma: x - 1.01 * (x - exact(x, sigma))  # type: ignore[assignment]
+        known.append(self)
+
+    monkeypatch.setattr(Sampler, "__init__", wrong)
+    found = calibrate(shared_path / "run", comm, count=16, steps=10)
+    assert known and found["noise_scale"] == pytest.approx(1.01 * right["noise_scale"], abs=1e-3)
+    assert found["energy"] < right["energy"] - 0.02
+    comm.barrier()
+    assert not list((shared_path / "run").glob(".calibration*"))
+
+
+def test_sampling_takes_what_was_calibrated_for_its_checkpoint_and_solver(comm: Communicator, shared_path: Path) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    run, kept = shared_path / "run", shared_path / "run" / "calibration.json"
+    train(small_config(data, "float32", train={"steps": 1}), run, comm)
+    sampler = Sampler(run, comm)
+    found = {"checkpoint": sampler.checkpoint, "solver": "heun", "steps": 3, "noise_scale": 1.02}
+    comm.on_root(lambda: kept.write_text(json.dumps(found)))
+    assert sampler.noise_scale("heun", 3) == 1.02 and sampler.noise_scale("heun", 4) == 1.0
+    sample(run, shared_path / "samples.h5", 1, comm, "heun", 3)
+    with h5py.File(shared_path / "samples.h5") as file:
+        assert file["fields"].attrs["noise_scale"] == 1.02
+    assert Sampler(run, comm, overrides=["sample.noise_scale=1.5"]).noise_scale("heun", 3) == 1.5
+    comm.barrier()
+    comm.on_root(lambda: kept.write_text("{}}"))
+    with pytest.raises(UserError, match=r"calibration\.json: not what ddpatch calibrate writes"):
+        sampler.noise_scale("heun", 3)
