@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -59,6 +59,7 @@ class Communicator:
         rank, size: This rank and the number of ranks.
         calls, bytes: Number of calls and of bytes sent by this rank, by kind of communication.
         seconds: Wall time this rank spent in communication, waiting included.
+        seconds_by_kind: The same, by kind of communication.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, deterministic: bool = False) -> None:
@@ -70,6 +71,7 @@ class Communicator:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.seconds = 0.0
+        self.seconds_by_kind: defaultdict[str, float] = defaultdict(float)
 
     def split(self, color: int) -> Communicator:
         """The communicator of the ranks that pass the same color. Collective."""
@@ -143,7 +145,7 @@ class Communicator:
             return self.allreduce_(pending.tensor.clone())
         start = time.perf_counter()
         pending.request.Wait()
-        self.seconds += time.perf_counter() - start
+        self._waited("allreduce", start)
         return _like(pending.received, pending.tensor)
 
     def union(self, flags: int) -> int:
@@ -264,9 +266,14 @@ class Communicator:
     def _counted(self, kind: str, sent: int) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - start
+        self._waited(kind, start)
         self.calls[kind] += 1
         self.bytes[kind] += sent
+
+    def _waited(self, kind: str, start: float) -> None:
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self.seconds_by_kind[kind] += seconds
 
 
 def guard(verb: Callable[[Communicator], None]) -> int:
