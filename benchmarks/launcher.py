@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ def launch(ranks: int, *command: str, threads: int = 1, log: Path | None = None)
     line = [*_starter(ranks, threads), sys.executable, *command]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     with log.open("w") if log else nullcontext() as errors:
-        return subprocess.run(line, check=True, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment).stdout
+        done = subprocess.run(line, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"exit code {done.returncode} of {shlex.join(line)}")
+    return done.stdout
 
 
 def _starter(ranks: int, threads: int) -> list[str]:

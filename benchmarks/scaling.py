@@ -1,6 +1,6 @@
 """Strong and weak scaling of a training step and of a solver's evaluation, and what the time goes to.
 
-    python benchmarks/scaling.py --mode strong --ranks 1 2      # about 25 minutes on two cores; needs them to itself, and 16 GiB
+    python benchmarks/scaling.py --mode strong --ranks 1 2      # about half an hour on two cores, which it needs to itself
     python benchmarks/scaling.py --mode weak --ranks 1 2        # about 15 minutes
     sbatch jobs/scaling.sbatch                                  # on a cluster: ranks are started by srun then
 
@@ -27,6 +27,8 @@ from reports import RESULTS, stem, write_rows
 from scaling_page import write_page
 from timing import measure
 
+from ddpatch.decomposition import Decomposition
+from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator, guard
 from ddpatch.sample import MovingTiling
 from ddpatch.train import Training
@@ -106,19 +108,20 @@ def add_efficiencies(rows: list[Row]) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Let the numbers of ranks take turns, and write the report."""
+    """Let the numbers of ranks take turns, with a report of what there is after every launch."""
     rows: list[Row] = []
     args.folder.mkdir(parents=True, exist_ok=True)
-    path = stem(f"scaling_{args.mode}", args.output)
+    path, page = stem(f"scaling_{args.mode}", args.output), ""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for i in range(args.rounds):
             for ranks in args.ranks:
                 printed = launch(ranks, __file__, *sys.argv[1:], "--worker", folder, threads=args.threads)
                 rows += [{"round": i, **row} for row in json.loads(printed.splitlines()[-1])]
                 print(*rows[-len(args.verb) :], sep="\n", flush=True)
-    add_efficiencies(rows)
-    write_rows(path.with_suffix(".csv"), rows)
-    print(write_page(rows, args, path))
+                add_efficiencies(rows)
+                write_rows(path.with_suffix(".csv"), rows)
+                page = write_page(rows, args, path)
+    print(page)
 
 
 def main() -> None:
@@ -142,6 +145,11 @@ def main() -> None:
     args.points = args.points or POINTS[args.mode]
     if args.worker:
         sys.exit(guard(lambda comm: work(args, comm)))
+    for ranks in args.ranks:
+        try:
+            Decomposition(grid_of(args.mode, args.points, ranks), (args.patch,) * 3, ranks)
+        except UserError as mistake:
+            parser.error(str(mistake))
     run(args)
 
 

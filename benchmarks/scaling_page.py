@@ -27,7 +27,8 @@ def write_page(rows: list[Row], args: argparse.Namespace, path: Path) -> str:
     """Write page and plot; returns the page."""
     joined = medians(rows)
     plot(joined, path.with_suffix(".png"))
-    text = report(joined, args, path.with_suffix(".png").name)
+    rounds = 1 + max(row["round"] for row in rows)
+    text = report(joined, args, rounds, path.with_suffix(".png").name)
     path.with_suffix(".md").write_text(text)
     return text
 
@@ -42,7 +43,7 @@ def medians(rows: list[Row]) -> list[Row]:
     return sorted(joined, key=lambda row: (row["verb"] != "train", row["ranks"]))
 
 
-def report(rows: list[Row], args: argparse.Namespace, plotted: str) -> str:
+def report(rows: list[Row], args: argparse.Namespace, rounds: int, plotted: str) -> str:
     """The Markdown page."""
     named = ("verb", "ranks", "nodes", "grid", "patches_per_rank", "threads")
     titles = [key.replace("_", " ").replace("io", "I/O") for key in (*named, *SPENT)]
@@ -58,7 +59,7 @@ def report(rows: list[Row], args: argparse.Namespace, plotted: str) -> str:
         f"{describe(args.threads)}. `{command()}`",
         "",
         f"U-Net {'-'.join(map(str, args.channels))}, otherwise the defaults; patches of {args.patch}³, 3 channels, batch 1;",
-        f"{args.steps} steps after one that is not counted, {args.rounds} rounds in which all numbers of ranks took turns.",
+        f"{args.steps} steps after one that is not counted, {rounds} rounds in which all numbers of ranks took turns.",
         ABOUT,
         "",
         *table((*titles, "total", "efficiency", "of every round", "oversubscribed"), cells),
