@@ -25,7 +25,7 @@ def launch(ranks: int, *command: str, threads: int = 1, log: Path | None = None)
 def _starter(ranks: int, threads: int) -> list[str]:
     if "SLURM_JOB_ID" not in os.environ:
         return [str(shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")), "-n", str(ranks)]
-    per_node = min(ranks, -(-int(os.environ["SLURM_NTASKS"]) // int(os.environ["SLURM_JOB_NUM_NODES"])))
+    per_node = min(ranks, -(-int(os.environ.get("SLURM_NTASKS", ranks)) // int(os.environ["SLURM_JOB_NUM_NODES"])))
     shape = {"nodes": -(-ranks // per_node), "ntasks": ranks, "ntasks-per-node": per_node, "cpus-per-task": threads}
     mpi = os.environ.get("MPI", "pmix")  # what srun --mpi=list offers
     return ["srun", f"--mpi={mpi}", "--cpu-bind=cores", *(f"--{key}={value}" for key, value in shape.items())]
