@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware import describe
-from launcher import launch
+from launch import launch
 from problem import open_training
 from reports import RESULTS, command, listed, met, stem, table, write_rows
 

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import yaml
 from hardware import describe
-from launcher import launch
+from launch import launch
 from reports import met, write_rows
 from torch import Tensor
 

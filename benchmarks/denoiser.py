@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from hardware import describe
-from launcher import launch
+from launch import launch
 from torch import Tensor
 
 from ddpatch.data.fields import FieldFile

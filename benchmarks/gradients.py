@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware import describe
-from launcher import launch
+from launch import launch
 from problem import open_training
 from reports import RESULTS, command, met, stem, table, write_rows
 

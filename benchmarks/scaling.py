@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from launcher import launch
+from launch import launch
 from problem import noise_patches, open_training, write
 from reports import RESULTS, stem, write_rows
 from scaling_page import write_page

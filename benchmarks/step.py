@@ -17,7 +17,7 @@ from datetime import date
 
 import torch
 from hardware import describe
-from launcher import launch
+from launch import launch
 from reports import listed, stem, write_rows
 
 from ddpatch.config import build

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 import yaml
 from hardware import describe
-from launcher import launch
+from launch import launch
 from reports import met, stem, write_rows
 from torch import Tensor
 

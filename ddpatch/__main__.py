@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,8 +95,10 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
             args.seed,
             args.grid,
             args.mode,
+            args.set,
             args.overwrite,
             progress,
+            None if args.time_limit is None else parse_duration(args.time_limit),
         )
 
 
@@ -163,7 +167,7 @@ def _add_train(verbs: Any) -> None:
     verb.add_argument("config", type=Path, help="YAML file, see configs/")
     verb.add_argument("--run", type=Path, metavar="DIR", help="folder of the run (default: runs/<name of the configuration>)")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, for example train.steps=100")
-    verb.add_argument("--time-limit", metavar="HH:MM:SS", help="leave with a checkpoint and exit code 75 when it is over")
+    _add_time_limit(verb, "a checkpoint")
     verb.set_defaults(run_verb=train)
 
 
@@ -179,8 +183,14 @@ def _add_sample(verbs: Any) -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--grid", type=int, nargs="+", metavar="N", help="points of the samples, [nz] ny nx (default: as trained)")
     verb.add_argument("--mode", help="gather, virtual, mpio or auto (default: that of the run)")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run, as in train")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    _add_time_limit(verb, "the samples that are finished")
     verb.set_defaults(run_verb=sample)
+
+
+def _add_time_limit(verb: Any, what: str) -> None:
+    verb.add_argument("--time-limit", metavar="HH:MM:SS", help=f"leave with {what} and exit code 75 when it is over")
 
 
 def _add_evaluate(verbs: Any) -> None:
@@ -199,7 +209,11 @@ def _add_evaluate(verbs: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a verb; returns the exit code: 0, 2 after a user's mistake, or 75 if it left before its work was done."""
+    """Run a verb; returns the exit code: 0, 2 after a user's mistake, or 75 if it left before its work was done.
+
+    What it writes is not writable for all users, whatever the umask.
+    """
+    os.umask(os.umask(0) | stat.S_IWOTH)
 
     def verb(comm: Communicator) -> None:
         args = parser().parse_args(argv)

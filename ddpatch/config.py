@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import types
 import typing
@@ -181,16 +182,34 @@ class OutputConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     """``device`` is ``auto``, ``cpu`` or ``cuda``; ``deterministic`` sums over ranks in rank order: runs repeat bit for bit;
-    ``replicas`` is the number of groups of ranks that train on different samples, ``null`` as few as there can be.
+    ``replicas`` is the number of groups of ranks that train on different samples, ``null`` as few as there can be;
+    ``transport`` of tensors is ``host`` (MPI from host memory), ``cuda-aware`` (MPI from the memory of GPUs, where the library
+    can) or ``torch`` (NCCL, where every rank has a GPU of its own; gloo on CPUs); ``share_device`` lets ranks share a GPU.
     """
 
     device: str = "auto"
+    transport: str = "host"
+    share_device: bool = False
     deterministic: bool = False
     replicas: int | None = None
 
     def __post_init__(self) -> None:
         _one_of(self.device, ("auto", "cpu", "cuda"), "parallel.device")
+        _one_of(self.transport, ("host", "cuda-aware", "torch"), "parallel.transport")
         _require(self.replicas is None or self.replicas > 0, "parallel.replicas", self.replicas, "a positive number")
+
+
+@dataclass(frozen=True)
+class ExecutionConfig:
+    """What decides about memory and time, not about results: ``patches_at_once`` is the number of patches, of every sample on a
+    rank, whose features are in memory together; ``null`` all of them (:mod:`ddpatch.model.groups`).
+    """
+
+    patches_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        most = self.patches_at_once
+        _require(most is None or most > 0, "execution.patches_at_once", most, "a positive number of patches")
 
 
 @dataclass(frozen=True)
@@ -205,6 +224,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as plain nested dictionaries of lists, numbers and strings."""
@@ -234,14 +254,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected sections such as 'domain:' and 'data:', got {type(tree).__name__}")
+    return build(tree, str(path), overrides)
+
+
+def build(tree: Mapping[str, Any], origin: str, overrides: Sequence[str] = ()) -> Config:
+    """Make a configuration from nested dictionaries and overrides; ``origin`` names their source in messages."""
+    changed = copy.deepcopy(dict(tree))
     for override in overrides:
-        _override(tree, override)
-    return build(tree, str(path))
-
-
-def build(tree: Mapping[str, Any], origin: str) -> Config:
-    """Make a configuration from nested dictionaries; ``origin`` names their source in messages."""
-    return _build(Config, tree, "", origin)
+        _override(changed, override)
+    return _build(Config, changed, "", origin)
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ddpatch.errors import UserError
+from ddpatch.io.volume import replace_when_complete
+
 if TYPE_CHECKING:
     from ddpatch.train import Training
 
@@ -63,8 +66,7 @@ class Log:
             "seconds": wall,
         }
         if self._path:
-            with self._path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            _append(self._path, json.dumps(row) + "\n")
             if self._board:
                 for key in ("loss", "voxels_per_rank_second"):
                     if row[key] is not None:
@@ -76,6 +78,25 @@ class Log:
         self._losses: list[float] = []
         self._start = time.perf_counter()
         self._comm_seconds, self._io_seconds = self.training.grid.seconds, self.training.batches.seconds
+
+
+def forget_rows(path: Path, step: int) -> None:
+    """Remove the rows of steps after ``step``, which a run that goes on from there makes again, and a row that was cut."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        with replace_when_complete(path, overwrite=True) as temporary:
+            temporary.write_text("".join(kept))
+
+
+def _append(path: Path, line: str) -> None:
+    try:
+        with path.open("a") as file:
+            file.write(line)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the log: {error.strerror}") from None
 
 
 def mean_of_finite(values: list[float]) -> float | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpatch.config import Config, build
+from ddpatch.config import Config, ExecutionConfig, build
 from ddpatch.data.batches import check_grid
 from ddpatch.data.fields import FieldFile
 from ddpatch.data.normalisation import Normalisation, measure_normalisation, measure_stencil
@@ -21,6 +21,7 @@ from ddpatch.diffusion.denoiser import Denoiser
 from ddpatch.diffusion.schedule import Schedule, sigma_range
 from ddpatch.diffusion.weighting import RelativeError, edm
 from ddpatch.errors import UserError
+from ddpatch.model.groups import group_by_group
 from ddpatch.model.tokens import check_tokens
 from ddpatch.model.two_level import Coupling, OwnPatch, TwoLevelModel
 from ddpatch.model.wiener import LinearPart
@@ -37,6 +38,7 @@ FREE_TO_CHANGE: dict[str, set[str] | None] = {  # None: every key of the section
     "sample": None,
     "output": None,
     "parallel": None,
+    "execution": None,
 }
 
 
@@ -169,6 +171,35 @@ def decompose(config: Config, size: int, grid: Sequence[int] | None = None) -> D
     return Decomposition(tuple(grid or domain.grid), domain.patch, size, domain.periodic)
 
 
+def build_for_sampling(tree: dict[str, Any], origin: str, overrides: Sequence[str]) -> Config:
+    """The configuration of a run with overrides ``section.key=value`` of what may differ when it is sampled.
+
+    Raises:
+        UserError: if they are mistaken, or belong to what was trained.
+    """
+    free = [section for section, keys in FREE_TO_CHANGE.items() if keys is None]
+    for override in overrides:
+        if override.partition(".")[0] not in free:
+            raise UserError(f"--set {override}: expected a key of {', '.join(free)}; the rest is as it was trained")
+    return build(tree, origin, overrides)
+
+
+def fit_groups(config: Config, decomposition: Decomposition) -> Config:
+    """The configuration with no more patches at once than a rank has."""
+    at_once, most = config.execution.patches_at_once, max(decomposition.counts)
+    return dataclasses.replace(config, execution=ExecutionConfig(at_once and min(at_once, most)))
+
+
+def check_groups(config: Config, decomposition: Decomposition) -> None:
+    """Raise a UserError, on all ranks alike, if ``execution.patches_at_once`` is more than any rank has."""
+    at_once, most = config.execution.patches_at_once, max(decomposition.counts)
+    if at_once is not None and at_once > most:
+        raise UserError(
+            f"execution.patches_at_once: expected at most {most}, got {at_once}: "
+            f"{decomposition.num_patches} patches over {decomposition.size} ranks are at most {most} on a rank"
+        )
+
+
 def replicas(config: Config, size: int) -> int:
     """The number of replicas of ``size`` ranks that train."""
     return choose_replicas(size, decompose(config, 1).num_patches, config.train.batch, config.parallel.replicas)
@@ -203,13 +234,17 @@ def make_optimiser(config: Config, model: TwoLevelModel) -> torch.optim.Optimize
 
 def make_denoiser(config: Config, field: Field, model: TwoLevelModel, coupling: Coupling) -> Denoiser:
     """The denoiser of coupled patches, with the configured weighting of its loss."""
+    at_once = config.execution.patches_at_once
 
     def coupled(x: Tensor, noise: Tensor) -> Tensor:
-        return model(x, noise, coupling)
+        return model(x, noise, coupling, at_once)
 
     def alone(x: Tensor, noise: Tensor) -> Tensor:
-        fields = x.flatten(0, 1)[:, None]
-        return model(fields, noise.repeat_interleave(x.shape[1]), own).unflatten(0, x.shape[:2]).squeeze(2)
+        def evaluate(group: Tensor) -> Tensor:
+            fields = group.flatten(0, 1)[:, None]
+            return model(fields, noise.repeat_interleave(group.shape[1]), own).unflatten(0, group.shape[:2]).squeeze(2)
+
+        return group_by_group(evaluate, x.split(at_once or x.shape[1], dim=1))
 
     own = OwnPatch(config.domain.patch, config.model.reach)
     network = alone if config.model.paths.alone else coupled

@@ -11,18 +11,20 @@ import torch
 from torch import Tensor
 
 from ddpatch import __version__
-from ddpatch.config import Config, build
+from ddpatch.config import Config
 from ddpatch.diffusion.solvers import Denoise, make_solver
-from ddpatch.errors import UserError
+from ddpatch.errors import Left, UserError
 from ddpatch.io import checkpoint
+from ddpatch.io.seal import read_seal
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.io.writers import open_writer
 from ddpatch.io.xdmf import write_sidecar
+from ddpatch.notice import Notice
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.roll import roll
 from ddpatch.random import Stream, generator, patch_noise
-from ddpatch.run import Field, decompose, dtype, make_denoiser, make_model
+from ddpatch.run import Field, build_for_sampling, check_groups, decompose, dtype, fit_groups, make_denoiser, make_model
 
 Progress = Callable[[int], None]
 
@@ -61,17 +63,23 @@ class Sampler:
         folder: Of the run; its newest checkpoint is taken.
         comm: The ranks that share every sample.
         grid: Points of the samples' grid, a multiple of the patch. Default: the grid of the training.
+        overrides: ``section.key=value`` of sample, output, parallel or execution.
 
     Raises:
-        UserError: if there is no readable checkpoint, or the grid does not fit the patches or the ranks.
+        UserError: if there is no readable checkpoint, or grid or overrides do not fit the patches or the ranks.
     """
 
-    def __init__(self, folder: Path, comm: Communicator, grid: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, folder: Path, comm: Communicator, grid: Sequence[int] | None = None, overrides: Sequence[str] = ()
+    ) -> None:
         path, state = checkpoint.load_latest(folder, comm)
-        self.config: Config = build(state["config"], str(path))
+        self.config: Config = build_for_sampling(state["config"], str(path), overrides)
         self.field = Field.from_state(state["statistics"], path)
         self.samples_seen: int = state["samples_seen"]
-        self.comm, self.device = comm, comm.place(self.config.parallel.device)
+        self.checkpoint = f"{path.name}, sha256 {read_seal(path)}"
+        parallel = self.config.parallel
+        self.comm, self.device = comm, comm.place(parallel.device, parallel.share_device)
+        comm.connect(parallel.transport, self.device)
         if grid is not None and len(grid) != len(self.config.domain.patch):
             raise UserError(f"--grid {' '.join(map(str, grid))}: the run has {len(self.config.domain.patch)} axes")
         if grid is not None and self.config.model.paths.whole and tuple(grid) != self.config.domain.patch:
@@ -79,6 +87,9 @@ class Sampler:
                 f"--grid {' '.join(map(str, grid))}: a full-domain model has the grid {list(self.config.domain.patch)}"
             )
         self.decomposition = decompose(self.config, comm.size, grid)
+        if not any(override.startswith("execution.") for override in overrides):
+            self.config = fit_groups(self.config, self.decomposition)
+        check_groups(self.config, self.decomposition)
         self.coupling = Exchange(self.decomposition, comm, self.config.model.reach)
         self.model = make_model(self.config, self.field)
         checkpoint.restore_weights(self.model, state["ema"], path)
@@ -108,10 +119,10 @@ class Sampler:
             Shape ``[sample, local patch, channel, *patch_shape]``.
         """
         shape = (len(self.field.channels), *self.decomposition.patch_shape)
-        noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config)).to(self.device)
+        noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config))
         sigmas = self.field.schedule.steps(steps)
         denoise = MovingTiling(self.denoise, self.coupling, seed) if shift and self.movable else self.denoise
-        x = noise * float(sigmas[0])
+        x = noise.to(self.device).mul_(float(sigmas[0]))
         for done, state in enumerate(make_solver(solver, denoise).trajectory(x, sigmas), start=1):
             x = state
             progress(done)
@@ -137,6 +148,7 @@ class Sampler:
                 "patch_shape": list(self.decomposition.patch_shape),
                 "ranks": self.comm.size,
                 "samples_seen": self.samples_seen,
+                "checkpoint": self.checkpoint,
                 "config": self.config.as_yaml(),
                 **provenance,
             },
@@ -154,10 +166,14 @@ def sample(
     seed: int = 0,
     grid: Sequence[int] | None = None,
     mode: str | None = None,
+    overrides: Sequence[str] = (),
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    time_limit: float | None = None,
 ) -> None:
     """Draw samples from a trained run into one file, with an XDMF sidecar. Collective.
+
+    Samples are kept batch by batch: after a failure, or on notice, the same call makes those that are missing.
 
     Arguments:
         folder: Of the run.
@@ -165,28 +181,37 @@ def sample(
         count: Number of samples; sample k depends on ``seed`` and k only.
         comm: The ranks that share every sample.
         solver, steps, shift, mode: Override the configuration of the run.
+        overrides: Likewise, ``section.key=value`` of sample, output, parallel or execution.
         seed: Of the series.
         grid: Points of the samples' grid. Default: that of the training.
         overwrite: Replace an existing file.
         progress: Called on every rank with the solver steps done and to do, all samples together.
+        time_limit: Seconds after which to leave.
 
     Raises:
+        Left: on all ranks, after a signal to one of them or at the end of the time, when a batch is on the disk.
         UserError: if run, grid, ranks or output do not fit.
     """
     if count < 1:
         raise UserError(f"--count {count}: expected at least 1 sample")
-    sampler = Sampler(folder, comm, grid)
+    sampler = Sampler(folder, comm, grid, overrides)
     defaults = sampler.config.sample
     solver, steps = solver or defaults.solver, steps or defaults.steps
     shift = (defaults.shift if shift is None else shift) and sampler.movable
     batch, total = sampler.config.train.batch, -(-count // sampler.config.train.batch) * steps
     header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift)
-    with open_writer(output, header, sampler.decomposition, comm, mode or sampler.config.output.mode, overwrite) as writer:
+    mode = mode or sampler.config.output.mode
+    with Notice(time_limit) as notice, open_writer(output, header, sampler.decomposition, comm, mode, overwrite) as writer:
         for start in range(0, count, batch):
             numbers, before = range(start, min(start + batch, count)), start // batch * steps
+            if writer.finished.issuperset(numbers):
+                continue
             drawn = sampler.draw(numbers, seed, solver, steps, shift, partial(_report, progress, before, total))
             for number, patches in zip(numbers, drawn, strict=True):
                 writer.write(number, patches.to("cpu", torch.float32))
+            writer.commit()
+            if comm.union(notice.given()) and len(writer.finished) < count:
+                raise Left(f"left on notice with {len(writer.finished)} of {count} samples; the same command goes on from there")
     comm.on_root(lambda: write_sidecar(output, header, overwrite=True))
 
 

@@ -18,7 +18,7 @@ from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.errors import Left, UserError
 from ddpatch.io import checkpoint
 from ddpatch.io.volume import replace_when_complete
-from ddpatch.log import Log, Progress
+from ddpatch.log import Log, Progress, forget_rows
 from ddpatch.notice import Notice
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
@@ -27,6 +27,7 @@ from ddpatch.parallel.grid import make_grid
 from ddpatch.random import Stream, generator, patch_noise
 from ddpatch.run import (
     Field,
+    check_groups,
     check_same_run,
     decompose,
     dtype,
@@ -58,7 +59,8 @@ class Training:
 
     def __init__(self, config: Config, file: FieldFile, field: Field, comm: Communicator, notice: Notice | None = None) -> None:
         self.config, self.field, self.comm, self.notice = config, field, comm, notice or Notice()
-        self.device = comm.place(config.parallel.device)
+        self.device = comm.place(config.parallel.device, config.parallel.share_device)
+        comm.connect(config.parallel.transport, self.device)
         self.grid = make_grid(comm, replicas(config, comm.size))
         self.decomposition = decompose(config, self.grid.domain.size)
         self.coupling = Exchange(self.decomposition, self.grid.domain, config.model.reach)
@@ -182,7 +184,7 @@ def train(
     """
     with Notice(time_limit) as notice, FieldFile(config.data.path, config.data.name, config.data.axes) as file:
         config = resolve(config, file)
-        replicas(config, comm.size)
+        check_groups(config, decompose(config, comm.size // replicas(config, comm.size)))
         origin, state = checkpoint.load_latest(folder, comm) if comm.broadcast(checkpoint.find_all(folder)) else (folder, None)
         if state:
             check_same_run(config, state, folder)
@@ -190,7 +192,7 @@ def train(
         training = Training(config, file, field, comm, notice)
         if state:
             training.restore(state, origin)
-        comm.on_root(lambda: start_folder(folder, config))
+        comm.on_root(lambda: start_folder(folder, config, training.step))
         run_steps(training, folder, progress)
 
 
@@ -219,7 +221,8 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return ramp * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
 
 
-def start_folder(folder: Path, config: Config) -> None:
-    """Make the folder of a run and write the resolved configuration into it."""
+def start_folder(folder: Path, config: Config, step: int) -> None:
+    """Make the folder of a run, write the resolved configuration into it, and forget rows of the log after ``step``."""
+    forget_rows(folder / "log.jsonl", step)
     with replace_when_complete(folder / "config.yaml", overwrite=True) as temporary:
         temporary.write_text(config.as_yaml())

@@ -12,6 +12,8 @@ from torch import Tensor
 from ddpatch.config import Config, build
 from ddpatch.data.normalisation import Normalisation
 from ddpatch.io.volume import VolumeHeader, write_volume
+from ddpatch.parallel.comm import Communicator
+from ddpatch.parallel.transport import CudaAwareTransport
 from ddpatch.run import Field
 from ddpatch.statistics.covariance import Moments
 
@@ -22,6 +24,16 @@ CASES = [  # grid, patch, periodic: nothing here that 2, 3 and 4 ranks all divid
     ((4, 6, 10), (2, 3, 5), (True, True, True)),
     ((6, 4, 4), (2, 2, 4), (True, False, True)),
 ]
+
+TRANSPORTS = ["host", "cuda-aware", "torch"]
+
+
+def connect(comm: Communicator, transport: str) -> Communicator:
+    """Let a transport carry tensors of the CPU, ``cuda-aware`` too, which is refused there otherwise. Collective."""
+    comm.connect("torch" if transport == "torch" else "host", torch.device("cpu"))
+    if transport == "cuda-aware":
+        comm.transport = CudaAwareTransport(comm.raw, comm.raw)
+    return comm
 
 
 def random_field(samples: int, channels: int, grid: tuple[int, ...], seed: int = 0) -> Tensor:

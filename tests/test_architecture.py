@@ -12,7 +12,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "ddpatch"
 FLOORS = [
     ("errors", "couplings", "config", "decomposition", "random", "notice"),
-    ("parallel.comm", "model", "diffusion", "optimiser"),
+    (
+        *("parallel.comm", "parallel.connection", "parallel.devices", "parallel.transport", "parallel.torch_transport"),
+        *("model", "diffusion", "optimiser"),
+    ),
     ("parallel", "data", "io", "statistics"),
     ("run", "log", "train", "sample", "simulate", "evaluate", "info"),
     ("__main__",),

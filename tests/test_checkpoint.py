@@ -8,12 +8,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from ddpatch.errors import UserError
 from ddpatch.io import checkpoint
+from ddpatch.io.seal import seal
 from ddpatch.parallel.comm import Communicator
 
 
@@ -124,18 +126,27 @@ def test_values_that_could_not_be_loaded_are_not_saved(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "one byte", "flipped", "text"])
-def test_a_damaged_file_is_refused(tmp_path: Path, damage: str) -> None:
-    model, optimiser = trained(width=500)
-    path = checkpoint.save(tmp_path, state_of(model, optimiser, 1), Communicator())
-    whole = path.read_bytes()
-    middle = whole.index(model.state_dict()["0.weight"].numpy().tobytes()) + 100
-    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-    damaged = {"empty": b"", "truncated": whole[:middle], "one byte": whole[:-1], "flipped": flipped, "text": b"hello"}
-    path.write_bytes(damaged[damage])
+@pytest.mark.parametrize("content", [b"", b"hello", b"\nsha256 " + b"0" * 64])
+def test_another_content_is_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "checkpoint_00000001.pt").write_bytes(content)
     with pytest.raises(UserError, match=r"checkpoint_00000001\.pt: cannot be read as a checkpoint") as error:
         checkpoint.load_latest(tmp_path, Communicator())
     assert "\n" not in str(error.value)
+
+
+def test_a_flip_or_a_cut_anywhere_is_detected(tmp_path: Path) -> None:
+    """In every stretch of 16 bytes of a file: headers, pickle, every tensor, padding, directory and checksum."""
+    path = checkpoint.save(tmp_path, state_of(*trained(), 1), Communicator())
+    whole, random = path.read_bytes(), np.random.default_rng(0)
+    for start in range(0, len(whole), 16):
+        place = min(start + int(random.integers(16)), len(whole) - 1)
+        flipped = whole[:place] + bytes([whole[place] ^ (1 << int(random.integers(8)))]) + whole[place + 1 :]
+        for damaged in (flipped, whole[:place], whole[:start] + whole[start + 16 :]):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+                checkpoint.load(path)
+    path.write_bytes(whole)
+    assert checkpoint.load(path)["step"] == 1
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +170,8 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     trace, path = tmp_path / "executed", tmp_path / "checkpoint_00000001.pt"
     state = state_of(*trained(), 1) | {"config": Malicious(trace)}
     torch.save(state, path)
-    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
+    seal(path)
+    with pytest.raises(UserError, match="cannot be read as a checkpoint, damaged or not one: Weights only"):
         checkpoint.load(path)
     assert not trace.exists()
     torch.load(path, weights_only=False)  # the test itself is sharp
@@ -172,6 +184,7 @@ def test_another_file_and_an_empty_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint"):
         checkpoint.load(tmp_path / "none.pt")
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    seal(tmp_path / "other.pt")
     with pytest.raises(UserError, match="not a checkpoint of ddpatch"):
         checkpoint.load(tmp_path / "other.pt")
 

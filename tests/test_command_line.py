@@ -174,8 +174,17 @@ def test_mistakes_on_the_command_line(
     assert not (tmp_path / "out.h5").exists()
 
 
+def test_what_was_trained_cannot_be_overridden_when_it_is_sampled(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = mistake(capsys, "sample", run, "--count", 1, "--output", tmp_path / "out.h5", "--set", "model.halo=2")
+    assert "--set model.halo=2: expected a key of sample, output, parallel, execution" in line
+
+
 def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import torch
+
+    from ddpatch.io.seal import seal
 
     folder = tmp_path / "other"
     shutil.copytree(run, folder)
@@ -183,6 +192,7 @@ def test_a_checkpoint_of_another_model_is_refused(run: Path, tmp_path: Path, cap
     state = torch.load(path, weights_only=True)
     state["config"]["model"]["channels"] = [8, 16]
     torch.save(state, path)
+    seal(path)
     line = mistake(capsys, "sample", folder, "--count", 1, "--output", tmp_path / "out.h5")
     assert "checkpoint of another model" in line and str(path) in line
 

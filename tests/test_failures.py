@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from problems import small_config, write_fields
 
-LIMIT = 60.0
-MPIEXEC = next((p for p in (Path(sys.executable).with_name("mpiexec"), shutil.which("mpiexec")) if p and Path(p).exists()), None)
+from jobs import LIMIT, NEEDS_MPIEXEC, launch, script
 
-pytestmark = pytest.mark.skipif(MPIEXEC is None, reason="no mpiexec beside python or on PATH")
-
-PREAMBLE = """
-import sys, time
-from ddpatch.errors import UserError
-from ddpatch.parallel.comm import Communicator, guard
-
-def verb(comm):
-"""
-
-
-def launch(ranks: int, *argv: object) -> tuple[subprocess.CompletedProcess[str], float]:
-    start = time.monotonic()
-    done = subprocess.run(
-        [str(MPIEXEC), "-n", str(ranks), sys.executable, *map(str, argv)],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    return done, time.monotonic() - start
-
-
-def script(folder: Path, body: str) -> Path:
-    path = folder / "job.py"
-    path.write_text(PREAMBLE + "".join(f"    {line}\n" for line in body.splitlines()) + "\nsys.exit(guard(verb))\n")
-    return path
+pytestmark = NEEDS_MPIEXEC
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -84,6 +51,35 @@ def test_an_exception_in_any_phase_of_a_training_ends_the_job(tmp_path: Path, ph
     assert done.returncode != 0 and "raised" in done.stdout
     assert f"rank {rank} of 3 failed" in done.stderr and f"RuntimeError: boom in {phase}" in done.stderr
     assert seconds < LIMIT / 2  # the start included; nobody waited
+
+
+@pytest.mark.parametrize(("rank", "call"), [(0, "allreduce_(torch.ones(3))"), (2, "finish_sum(comm.start_sum(torch.ones(3)))")])
+def test_an_exception_ends_a_job_whose_ranks_wait_in_torch_distributed(tmp_path: Path, rank: int, call: str) -> None:
+    job = (
+        "import torch\ncomm.connect('torch', torch.device('cpu'))\ncomm.allreduce_(torch.ones(3))\n"
+        f"if comm.rank == {rank}:\n    time.sleep(1)\n    raise ValueError('boom')\ncomm.{call}"
+    )
+    done, seconds = launch(3, script(tmp_path, job))
+    assert done.returncode != 0
+    assert f"rank {rank} of 3 failed" in done.stderr and "ValueError: boom" in done.stderr
+    assert seconds < LIMIT / 2
+
+
+def test_a_job_that_used_torch_distributed_ends_without_a_word(tmp_path: Path) -> None:
+    """Though nobody frees the communicators, and one rank comes late."""
+    job = (
+        "import torch\ncomm.connect('torch', torch.device('cpu'))\npart = comm.split(comm.rank % 2)\n"
+        "part.allreduce_(torch.ones(3))\nif comm.rank == 1:\n    time.sleep(1)"
+    )
+    done, _ = launch(3, script(tmp_path, job))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_transport_that_does_not_work_here_is_one_line(tmp_path: Path) -> None:
+    done, _ = launch(3, script(tmp_path, "import torch\ncomm.connect('cuda-aware', torch.device('cpu'))"))
+    assert done.returncode == 2
+    assert done.stderr.count("ddpatch: error: parallel.transport: cuda-aware: expected a GPU on every rank") == 1
+    assert "Traceback" not in done.stderr
 
 
 def test_a_mistake_that_one_rank_finds_ends_the_job_with_its_line(tmp_path: Path) -> None:

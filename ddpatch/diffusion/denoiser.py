@@ -37,7 +37,8 @@ class Denoiser:
         s = sigma.to(x.dtype)
         wide = s.view(-1, *(1,) * (x.ndim - 1))
         scale = (wide.square() + 1).rsqrt()
-        return x * scale.square() + wide * scale * self.network(x * scale, s.log() / 4)
+        output = self.network(x * scale, s.log() / 4)
+        return torch.addcmul(x * scale.square(), wide * scale, output)
 
     def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Weighted squared errors λ(σ) (D(x + σ n; σ) - x)².

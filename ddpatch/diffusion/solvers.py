@@ -100,9 +100,9 @@ class DPMSolverPP2M(Solver):
         slope = data
         if self._previous is not None and target > 0:
             ratio = (here - self._previous[0]) / (log_snr(target) - here)
-            slope = data + (data - self._previous[1]) / (2 * ratio)
+            slope = torch.lerp(self._previous[1], data, 1 + 1 / (2 * ratio))
         self._previous = (here, data)
-        return (target / sigma) * x - math.expm1(here - log_snr(target)) * slope
+        return ((target / sigma) * x).sub_(slope, alpha=math.expm1(here - log_snr(target)))
 
 
 SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Heun, DPMSolverPP2M)}

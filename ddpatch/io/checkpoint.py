@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import threading
-import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpatch.errors import UserError
+from ddpatch.io.seal import check_seal, seal
 from ddpatch.io.volume import replace_when_complete
 from ddpatch.parallel.comm import Communicator
 
@@ -144,9 +144,7 @@ def load(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
-            if damaged := archive.testzip():
-                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        check_seal(Path(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes happen to mean
         reason = str(error).strip().split("\n")[0].split(". ")[0]
@@ -198,6 +196,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
         with temporary.open("wb") as file:
             torch.save(state, file)
         torch.load(temporary, map_location="cpu", weights_only=True, mmap=True)
+        seal(temporary)
 
 
 def _copy(value: Any) -> Any:

@@ -7,18 +7,25 @@ import numpy as np
 from torch import Tensor
 
 from ddpatch.errors import UserError
+from ddpatch.io.volume import sync
 from ddpatch.io.writer import NAME, VolumeWriter
 
 
 class MpioWriter(VolumeWriter):
     """All ranks write into one file together, through an h5py that was built with MPI: for parallel file systems."""
 
+    mode = "mpio"
+
+    def _remains(self) -> bool:
+        return self._temporary.exists()
+
     def _start(self) -> None:
         if not h5py.get_config().mpi:
             raise UserError(
                 "output.mode: mpio needs an h5py that was built with MPI, which this one is not; use gather or virtual"
             )
-        self.comm.on_root(self._prepare)
+        if not self.finished:
+            self.comm.on_root(self._prepare)
         self._file = h5py.File(self._temporary, "r+", driver="mpio", comm=self.comm.raw)
         self._dataset = self._file[NAME]
         self._collective = h5py.h5p.create(h5py.h5p.DATASET_XFER)
@@ -45,12 +52,18 @@ class MpioWriter(VolumeWriter):
             values = np.empty(memory.get_simple_extent_dims(), self.header.dtype)
         self._dataset.id.write(memory, space, values, dxpl=self._collective)
 
+    def _flush(self) -> None:
+        self._file.flush()
+        sync(self._temporary)
+
     def _finish(self) -> None:
         self._dataset = None
         self._file.close()
         self.comm.on_root(self._publish)
 
-    def _abandon(self) -> None:
-        self._dataset = None  # parallel HDF5 refuses to close a file before its datasets
-        if self.comm.rank == 0:  # the file stays open: closing it would wait for ranks that may have failed
+    def _close(self) -> None:
+        self._dataset = None  # the file stays open: closing it would wait for ranks that may have failed
+
+    def _remove(self) -> None:
+        if self.comm.rank == 0:
             self._temporary.unlink(missing_ok=True)

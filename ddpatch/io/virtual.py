@@ -9,8 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from ddpatch.errors import UserError
-from ddpatch.io.volume import create_fields, publish, sync, temporary_path
-from ddpatch.io.writer import NAME, VolumeWriter, rank_name, ranks_folder, remove_folder
+from ddpatch.io.volume import create_dataset, create_fields, publish, sync
+from ddpatch.io.writer import NAME, VolumeWriter, let_go, rank_name, ranks_folder, remove_folder
 
 
 class VirtualWriter(VolumeWriter):
@@ -20,28 +20,40 @@ class VirtualWriter(VolumeWriter):
     together.
     """
 
-    def _start(self) -> None:
-        self._folder = temporary_path(ranks_folder(self.path))
-        self._own_path = self._folder / rank_name(self.comm.rank)
-        self.comm.on_root(self._make_folder)
-        self._file = h5py.File(self._own_path, "w")
-        dataset = self._file.create_dataset(NAME, self._rank_shape(self.comm.rank), self.header.dtype)
-        dataset.attrs["patches"] = np.asarray(self._local)
-        self.comm.barrier()  # a rank that fails from here on must not find the folder empty and remove it
+    mode, any_ranks = "virtual", False
 
-    def _make_folder(self) -> None:
+    def _remains(self) -> bool:
+        return self._folder.is_dir()
+
+    def _start(self) -> None:
+        self._own_path = self._folder / rank_name(self.comm.rank)
+        self.comm.on_root(self._prepare)
+        if self.finished:
+            self._file = h5py.File(self._own_path, "r+")
+            self._dataset = self._file[NAME]
+            return
+        self._file = h5py.File(self._own_path, "w")
+        self._dataset = create_dataset(self._file, NAME, self._rank_shape(self.comm.rank), self.header.dtype)
+        self._dataset.attrs["patches"] = np.asarray(self._local)
+        self._file.flush()
+
+    def _prepare(self) -> None:
         final = ranks_folder(self.path)
         if final.exists() and not self.overwrite:
             raise UserError(f"{final}: exists already, and is only replaced with overwrite")
-        remove_folder(self._folder)
-        self._folder.mkdir()
+        if not self.finished:
+            self._folder.mkdir()
 
     def _rank_shape(self, rank: int) -> tuple[int, ...]:
         count = self.decomposition.counts[rank]
         return self.header.samples, count, len(self.header.channels), *self.decomposition.patch_shape
 
     def _write(self, sample: int, patches: Tensor) -> None:
-        self._file[NAME][sample] = patches.numpy()
+        self._dataset[sample] = patches.numpy()
+
+    def _flush(self) -> None:
+        self._file.flush()
+        sync(self._own_path)
 
     def _finish(self) -> None:
         self._file.close()
@@ -69,9 +81,11 @@ class VirtualWriter(VolumeWriter):
                 layout[box] = source[:, place]
         return layout
 
-    def _abandon(self) -> None:
+    def _close(self) -> None:
         if self._file is not None:
-            self._file.close()
+            let_go(self._file)
+
+    def _remove(self) -> None:
         self._own_path.unlink(missing_ok=True)
         if self.comm.rank == 0:
             self._temporary.unlink(missing_ok=True)

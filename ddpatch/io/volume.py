@@ -79,7 +79,7 @@ def create_fields(
         layout: Where the numbers lie, for a virtual dataset. A number whose file is missing then reads as NaN.
     """
     if layout is None:
-        dataset = file.create_dataset(name, header.shape, header.dtype)
+        dataset = create_dataset(file, name, header.shape, header.dtype)
     else:
         dataset = file.create_virtual_dataset(name, layout, fillvalue=np.nan)
     for axis, (key, values) in enumerate(zip(header.axes, _coordinates(header), strict=True)):
@@ -93,6 +93,16 @@ def create_fields(
     for key, value in header.attributes.items():
         dataset.attrs[key] = _attribute(value)
     return dataset
+
+
+def create_dataset(file: h5py.Group, name: str, shape: tuple[int, ...], dtype: str) -> h5py.Dataset:
+    """Create a dataset whose place in the file is fixed at once: writing numbers changes nothing else in it, so that a failure
+    never leaves a file that cannot be opened.
+    """
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    return file.create_dataset(name, shape, dtype, dcpl=properties)
 
 
 def write_volume(path: str | Path, header: VolumeHeader, samples: Iterable[np.ndarray], overwrite: bool = False) -> None:

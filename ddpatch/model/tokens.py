@@ -83,20 +83,13 @@ class Prolongation(nn.Module):
         """Map own tokens ``[batch, q, (q,) q, width]`` to ``[batch, latent, *shape]``."""
         return _pool(self.to_latent(own).movedim(-1, 1), shape)
 
-    def fine(self, canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]) -> Tensor:
-        """Interpolate between token centres, through the neighbours' tokens.
+    def fine(self, canvas: Tensor) -> Tensor | None:
+        """Map all tokens in place ``[sample, *token_grid, width]`` to spline coefficients ``[sample, *token_grid, fine]``.
 
-        Arguments:
-            canvas: All tokens in place, with shape ``[sample, *token_grid, width]``.
-            decomposition: The grid and its patches.
-            patches: Global numbers of the own patches.
-
-        Returns:
-            Shape ``[sample, local patch, fine, *patch_shape]``; zero, without dims, where the finest level is not reached.
+        :func:`splines` interpolates with them between token centres, through the neighbours' tokens. ``None`` where the finest
+        level is not reached.
         """
-        if self.to_fine is None:
-            return canvas.new_zeros(())
-        return splines(self.to_fine(canvas), decomposition, patches)
+        return None if self.to_fine is None else self.to_fine(canvas)
 
 
 def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.model.coarse import CoarseTransformer, ConvolutionalCommunicator
+from ddpatch.model.groups import group_by_group
 from ddpatch.model.layers import CHANNELS_LAST, NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
 from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, mean_scale, own_boxes, splines, to_canvas, weighting
@@ -60,6 +61,50 @@ class OwnPatch:
         return F.pad(patches, self._pad)
 
 
+class Group(NamedTuple):
+    """Some of the own patches of all samples, which go through the fine level together.
+
+    Attributes:
+        grid: The grid and its patches.
+        patches: Global numbers of those of the group.
+        windows: Scaled noisy windows, with shape ``[sample, patch, channel, *(patch_shape + 2 δ)]``.
+        sigma: Shape ``[sample]``.
+        embedding: Of the noise levels, with shape ``[sample, embedding]``.
+    """
+
+    grid: Decomposition
+    patches: Sequence[int]
+    windows: Tensor
+    sigma: Tensor
+    embedding: Tensor
+
+    @property
+    def repeated(self) -> Tensor:
+        """The embedding for every patch, with shape ``[sample * patch, embedding]``."""
+        return self.embedding.repeat_interleave(len(self.patches), dim=0)
+
+
+class Features(NamedTuple):
+    """What the encoder makes of a group: the latent, and the skips of all finer levels (:class:`Encoder`)."""
+
+    latent: Tensor
+    skips: list[Tensor]
+
+
+class Coarse(NamedTuple):
+    """What the coarse level tells all patches, on the tokens in place; ``None`` where it says nothing.
+
+    Attributes:
+        tokens: Coupled, for the bottleneck, with shape ``[sample, *token_grid, width]``.
+        fine: Spline coefficients for the finest decoder stage, with shape ``[sample, *token_grid, channels[0]]``.
+        linear: Spline coefficients of the coarse part of L u, with shape ``[sample, *token_grid, channel]``.
+    """
+
+    tokens: Tensor | None = None
+    fine: Tensor | None = None
+    linear: Tensor | None = None
+
+
 class TwoLevelModel(nn.Module):
     """Two-level domain decomposition as a network: one halo exchange and one gather per evaluation, whatever its depth.
 
@@ -95,59 +140,69 @@ class TwoLevelModel(nn.Module):
             self.prolongation = Prolongation(ndim, width, widths[-1], paths.fine * widths[0])
         self.to(memory_format=CHANNELS_LAST[ndim])  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, noise: Tensor, coupling: Coupling) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, coupling: Coupling, patches_at_once: int | None = None) -> Tensor:
         """Evaluate the network on the own patches. Collective.
 
         Arguments:
             x: Scaled noisy patches c_in x_t, with shape ``[sample, local patch, channel, *patch_shape]``.
             noise: c_noise = ln(σ)/4, one value per sample shared by all its patches, with shape ``[sample]``.
             coupling: How to reach other patches.
+            patches_at_once: Patches of every sample whose features are in memory together. With fewer than all the encoder runs
+                twice, for the tokens and for the result; gradients are the same (:mod:`ddpatch.model.groups`). Default: all.
 
         Returns:
             Shape of ``x``.
         """
-        sigma, embedding = (4 * noise).exp(), self.embed(noise)
-        repeated = embedding.repeat_interleave(x.shape[1], dim=0)
-        place = coordinate_features(coupling.decomposition, coupling.patches, self.config.reach, self.config.positions)
-        windows = coupling.halo(x)
-        latent, skips = self.encoder(windows, place.to(x), sigma, repeated)
-        canvas, into_latent, into_fine = None, torch.zeros_like(latent), latent.new_zeros(())
+        sigma, embedding, grid = (4 * noise).exp(), self.embed(noise), coupling.decomposition
+        most = patches_at_once or x.shape[1]
+        parts = enumerate(coupling.halo(x).split(most, dim=1))
+        groups = [Group(grid, coupling.patches[i * most :][:most], windows, sigma, embedding) for i, windows in parts]
+        kept = self._encode(groups[0]) if len(groups) == 1 else None
+
+        def encode(group: Group) -> Features:
+            return kept or self._encode(group)
+
+        coarse = Coarse()
         if self.config.paths.coarse:
-            canvas = self._gather(latent, windows, sigma, coupling)
-            into_latent, into_fine = self._couple(canvas, latent, embedding, coupling)
-        latent = self.bottleneck(latent + into_latent, repeated)
-        out = self.decoder(latent, skips, repeated, into_fine).unflatten(0, x.shape[:2])
-        return out if self.linear is None else self._add_linear(self.linear, out, windows, canvas, sigma, coupling)
+            check_tokens(grid.patch_shape, self.config.tokens, len(self.config.channels))
+            tokens = coupling.gather(group_by_group(lambda group: self._restrict(group, encode(group)), groups))
+            coarse = self._couple(to_canvas(tokens, grid.patch_grid, self.config.tokens), sigma, embedding, grid)
+        return group_by_group(lambda group: self._decode(group, encode(group), coarse), groups)
 
-    def _gather(self, latent: Tensor, windows: Tensor, sigma: Tensor, coupling: Coupling) -> Tensor:
-        """The tokens of all patches in place, with shape ``[sample, *token_grid, feature]``."""
-        decomposition, q = coupling.decomposition, self.config.tokens
-        check_tokens(decomposition.patch_shape, q, len(self.config.channels))
-        own = self.restriction(latent, windows, sigma, self.config.reach, self.overlap)
-        return to_canvas(coupling.gather(own), decomposition.patch_grid, q)
+    def _encode(self, group: Group) -> Features:
+        """The features of a group on all levels of the U-Net."""
+        place = coordinate_features(group.grid, group.patches, self.config.reach, self.config.positions).to(group.windows)
+        return Features(*self.encoder(group.windows, place, group.sigma, group.repeated))
 
-    def _add_linear(
-        self, linear: LinearPart, out: Tensor, windows: Tensor, canvas: Tensor | None, sigma: Tensor, coupling: Coupling
-    ) -> Tensor:
-        """L u + g out, the coarse part of L from the means that the tokens carry."""
-        total = linear.fine(windows, sigma, self.config.reach) + linear.scale(sigma).view(-1, *(1,) * (out.ndim - 1)) * out
-        if canvas is None or linear.cell is None:
-            return total
-        kernels = [weighting(m, overlap) for m, overlap in zip(linear.cell, self.overlap, strict=True)]
-        scale = mean_scale(sigma, kernels).view(-1, *(1,) * (canvas.ndim - 1))
-        found = linear.coarse(canvas[..., -self.channels :] / scale, sigma)
-        return total + splines(found, coupling.decomposition, coupling.patches)
+    def _restrict(self, group: Group, features: Features) -> Tensor:
+        """The tokens of a group, with shape ``[sample, patch, q^d, feature]``."""
+        return self.restriction(features.latent, group.windows, group.sigma, self.config.reach, self.overlap)
 
-    def _couple(self, canvas: Tensor, latent: Tensor, embedding: Tensor, coupling: Coupling) -> tuple[Tensor, Tensor]:
-        """Transform and prolong: contributions to the latent and to the finest decoder stage."""
-        decomposition, q, ndim = coupling.decomposition, self.config.tokens, len(self.periodic)
-        grid = canvas.shape[1:-1]
-        tokens = torch.cat([canvas, self._token_features(decomposition).to(canvas).expand(len(canvas), *grid, -1)], dim=-1)
-        canvas = self.coarse(tokens, embedding, self.periodic)
-        own = own_boxes(canvas.movedim(-1, 1), decomposition, coupling.patches, [q] * ndim)
-        into_latent = self.prolongation.latent(own.flatten(0, 1).movedim(1, -1), latent.shape[2:])
-        into_fine = self.prolongation.fine(canvas, decomposition, coupling.patches)
-        return into_latent, into_fine.flatten(0, 1) if into_fine.ndim else into_fine
+    def _couple(self, canvas: Tensor, sigma: Tensor, embedding: Tensor, grid: Decomposition) -> Coarse:
+        """Transform the tokens of all patches in place, with shape ``[sample, *token_grid, feature]``."""
+        places = self._token_features(grid).to(canvas).expand(*canvas.shape[:-1], -1)
+        coupled = self.coarse(torch.cat([canvas, places], dim=-1), embedding, self.periodic)
+        linear = None
+        if self.linear is not None and self.linear.cell is not None:
+            kernels = [weighting(m, overlap) for m, overlap in zip(self.linear.cell, self.overlap, strict=True)]
+            scale = mean_scale(sigma, kernels).view(-1, *(1,) * (canvas.ndim - 1))
+            linear = self.linear.coarse(canvas[..., -self.channels :] / scale, sigma)
+        return Coarse(coupled, self.prolongation.fine(coupled), linear)
+
+    def _decode(self, group: Group, features: Features, coarse: Coarse) -> Tensor:
+        """The result on a group, N or L u + g N, with shape ``[sample, patch, channel, *patch_shape]``."""
+        latent, fine = features.latent, None
+        if coarse.tokens is not None:
+            own = own_boxes(coarse.tokens.movedim(-1, 1), group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
+            latent = latent + self.prolongation.latent(own.flatten(0, 1).movedim(1, -1), latent.shape[2:])
+        if coarse.fine is not None:
+            fine = splines(coarse.fine, group.grid, group.patches).flatten(0, 1)
+        latent = self.bottleneck(latent, group.repeated)
+        out = self.decoder(latent, features.skips, group.repeated, fine).unflatten(0, group.windows.shape[:2])
+        if self.linear is not None:
+            scale = self.linear.scale(group.sigma).view(-1, *(1,) * (out.ndim - 1))
+            out = self.linear.fine(group.windows, group.sigma, self.config.reach) + scale * out
+        return out if coarse.linear is None else out + splines(coarse.linear, group.grid, group.patches)
 
     def _token_features(self, decomposition: Decomposition) -> Tensor:
         """Coordinates of all tokens, with shape ``[*token_grid, feature]``: those of a grid with a point per token."""

@@ -136,14 +136,15 @@ class Decoder(nn.Module):
         self.gain = Gain(channels[0], embedding)
         self.out = zero(conv(channels[0], outputs, 1))
 
-    def forward(self, latent: Tensor, skips: Sequence[Tensor], embedding: Tensor, fine: Tensor) -> Tensor:
+    def forward(self, latent: Tensor, skips: Sequence[Tensor], embedding: Tensor, fine: Tensor | None = None) -> Tensor:
         """Decode.
 
         Arguments:
             latent: Shape ``[batch, channels[-1], *latent_shape]``, coupled.
             skips: Features of the finer levels, finest first.
             embedding: Shape ``[batch, embedding]``.
-            fine: What the coarse level adds at the finest level, with shape ``[batch, channels[0], *patch_shape]``.
+            fine: What the coarse level adds at the finest level, with shape ``[batch, channels[0], *patch_shape]``, if
+                anything.
 
         Returns:
             Shape ``[batch, outputs, *patch_shape]``.
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
             if i < len(self.ups):
                 merged = torch.cat([refine(self.ups[i](h), self.wraps), skips[i]], dim=1)
                 h = self.merges[i](self.gains[i](merged, embedding))
-            if i == 0:
+            if i == 0 and fine is not None:
                 h = h + fine
             for block in _modules(self.levels[i]):
                 h = block(h, embedding)

@@ -21,6 +21,9 @@ import torch
 from torch import Tensor
 
 from ddpatch.errors import Left, UserError
+from ddpatch.parallel.connection import connect
+from ddpatch.parallel.devices import choose_device, visible_gpus
+from ddpatch.parallel.transport import HostTransport, Transport, as_bytes, memory
 
 mpi4py.rc.initialize = False  # the launcher is checked before MPI_Init, which would otherwise end the process with its own words
 mpi4py.rc.finalize = True
@@ -38,18 +41,17 @@ LEFT = os.EX_TEMPFAIL
 
 
 class PendingSum(NamedTuple):
-    """A sum on its way: the tensor, the buffers that must live until it is there, and MPI's request; none in rank order."""
+    """A sum on its way: the tensor, and what waits for its sum; nothing in rank order, where the sum begins at its end."""
 
     tensor: Tensor
-    sent: np.ndarray | None
-    received: np.ndarray | None
-    request: MPI.Request | None
+    wait: Callable[[], Tensor] | None
 
 
 class Communicator:
-    """A clone of an MPI communicator that moves tensors, staged through host memory, and counts what it moves.
+    """A clone of an MPI communicator that moves tensors and counts what it moves.
 
-    Methods marked *Collective* must be called by all ranks in the same order.
+    A transport carries the tensors (:mod:`ddpatch.parallel.transport`), at first through host memory; everything else travels by
+    MPI. Methods marked *Collective* must be called by all ranks in the same order.
 
     Arguments:
         comm: The communicator to clone. Default: all ranks of the job.
@@ -57,8 +59,11 @@ class Communicator:
 
     Attributes:
         rank, size: This rank and the number of ranks.
+        connected: Name of the transport.
+        transport: What carries tensors of :attr:`device`; those elsewhere go through host memory.
+        device: This rank's, once it is connected.
         calls, bytes: Number of calls and of bytes sent by this rank, by kind of communication.
-        seconds: Wall time this rank spent in communication, waiting included.
+        seconds: Wall time this rank spent in communication, waiting included; with NCCL, which a GPU waits for, in asking for it.
         seconds_by_kind: The same, by kind of communication.
     """
 
@@ -68,17 +73,38 @@ class Communicator:
         self._control, self._sums = self._comm.Dup(), self._comm.Dup()
         self.rank, self.size = self._comm.rank, self._comm.size
         self.deterministic = deterministic
+        self.device, self.connected = torch.device("cpu"), "host"
+        self._host = HostTransport(self._comm, self._sums)
+        self.transport: Transport = self._host
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.seconds = 0.0
         self.seconds_by_kind: defaultdict[str, float] = defaultdict(float)
 
     def split(self, color: int) -> Communicator:
-        """The communicator of the ranks that pass the same color. Collective."""
-        return Communicator(MPI.Intracomm(self._comm.Split(color, self.rank)), self.deterministic)
+        """The communicator of the ranks that pass the same color, with the same transport. Collective."""
+        part = Communicator(MPI.Intracomm(self._comm.Split(color, self.rank)), self.deterministic)
+        part.connect(self.connected, self.device)
+        return part
+
+    def connect(self, transport: str, device: torch.device) -> None:
+        """Choose what carries the tensors of this rank's device from now on. Collective.
+
+        Arguments:
+            transport: ``host``, ``cuda-aware`` or ``torch``.
+            device: This rank's.
+
+        Raises:
+            UserError: on all ranks, if the transport does not work on one of them.
+        """
+        if (transport, device) != (self.connected, self.device):
+            chosen = connect(transport, device, self._comm, self._sums, MPI.__file__)
+            self.transport.close()
+            self.transport, self.connected, self.device = chosen, transport, device
 
     def free(self) -> None:
-        """Release the MPI handles. Collective."""
+        """Release the transport and the MPI handles. Collective."""
+        self.transport.close()
         self._control.Free()
         self._sums.Free()
         self._comm.Free()
@@ -95,12 +121,8 @@ class Communicator:
             rows: This rank's rows, with shape ``[counts[rank], ...]``.
             counts: Number of rows of every rank.
         """
-        send = _host(rows)
-        width = int(np.prod(send.shape[1:]))
-        receive = np.empty((sum(counts), *send.shape[1:]), send.dtype)
-        with self._counted("allgather", send.nbytes):
-            self._comm.Allgatherv(_bytes(send), [_bytes(receive), [n * width * send.itemsize for n in counts], MPI.BYTE])
-        return _like(receive, rows)
+        with self._counted("allgather", rows.nbytes):
+            return self._carrier(rows).allgather(rows, counts)
 
     def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Sum the rows of all ranks and keep this rank's: the adjoint of :meth:`allgather`. Collective.
@@ -112,41 +134,32 @@ class Communicator:
         if self.deterministic:
             pieces = self.alltoall(list(rows.split(list(counts))), [(counts[self.rank], *rows.shape[1:])] * self.size)
             return _ordered_sum(pieces)
-        send = _host(rows)
-        receive = np.empty((counts[self.rank], *send.shape[1:]), send.dtype)
-        width = int(np.prod(send.shape[1:]))
-        with self._counted("reduce_scatter", send.nbytes):
-            self._comm.Reduce_scatter(send, receive, [n * width for n in counts], MPI.SUM)
-        return _like(receive, rows)
+        with self._counted("reduce_scatter", rows.nbytes):
+            return self._carrier(rows).reduce_scatter(rows, counts)
 
     def allreduce_(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks, in place. Collective."""
         if self.deterministic:
             parts = self.allgather(tensor[None], [1] * self.size)
             return tensor.copy_(_ordered_sum(list(parts)))
-        send = _host(tensor)
-        receive = np.empty_like(send)
-        with self._counted("allreduce", send.nbytes):
-            self._comm.Allreduce(send, receive, MPI.SUM)
-        return tensor.copy_(torch.from_numpy(receive))
+        with self._counted("allreduce", tensor.nbytes):
+            return tensor.copy_(self._carrier(tensor).allreduce(tensor))
 
     def start_sum(self, tensor: Tensor) -> PendingSum:
         """Begin to sum a tensor over all ranks, while other communication goes on. Collective; finish in the same order."""
         if self.deterministic:
-            return PendingSum(tensor, None, None, None)
-        send = _host(tensor)
-        receive = np.empty_like(send)
-        with self._counted("allreduce", send.nbytes):
-            return PendingSum(tensor, send, receive, self._sums.Iallreduce(send, receive, MPI.SUM))
+            return PendingSum(tensor, None)
+        with self._counted("allreduce", tensor.nbytes):
+            return PendingSum(tensor, self._carrier(tensor).start_sum(tensor))
 
     def finish_sum(self, pending: PendingSum) -> Tensor:
         """The sum that :meth:`start_sum` began, when it is there. Collective."""
-        if pending.request is None or pending.received is None:
+        if pending.wait is None:
             return self.allreduce_(pending.tensor.clone())
         start = time.perf_counter()
-        pending.request.Wait()
+        total = pending.wait()
         self._waited("allreduce", start)
-        return _like(pending.received, pending.tensor)
+        return total
 
     def union(self, flags: int) -> int:
         """The bitwise or of all ranks' flags: one reduction of 8 bytes. Collective."""
@@ -164,20 +177,17 @@ class Communicator:
     def exchange(
         self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor], kind: str = "exchange"
     ) -> dict[int, Tensor]:
-        """Neighbour exchange: one non-blocking message per rank and direction; receives are posted first.
+        """Neighbour exchange: one message per rank and direction. Collective.
 
         Arguments:
             outgoing: Tensor to send, by receiving rank. A message to this rank itself is returned as it is.
             incoming: Tensor whose shape and type the message has, by sending rank.
             kind: Name under which the call is counted.
         """
-        buffers = {rank: np.empty_like(_host(like)) for rank, like in incoming.items() if rank != self.rank}
-        messages = {rank: _host(tensor) for rank, tensor in outgoing.items() if rank != self.rank}
-        with self._counted(kind, sum(m.nbytes for m in messages.values())):
-            requests = [self._comm.Irecv(_bytes(b), source=rank) for rank, b in buffers.items()]
-            requests += [self._comm.Isend(_bytes(m), dest=rank) for rank, m in messages.items()]
-            MPI.Request.Waitall(requests)
-        received = {rank: _like(b, incoming[rank]) for rank, b in buffers.items()}
+        messages = {rank: tensor for rank, tensor in outgoing.items() if rank != self.rank}
+        expected = {rank: like for rank, like in incoming.items() if rank != self.rank}
+        with self._counted(kind, sum(message.nbytes for message in messages.values())):
+            received = self._carrier(*outgoing.values(), *incoming.values()).exchange(messages, expected)
         return received | {rank: tensor for rank, tensor in outgoing.items() if rank == self.rank}
 
     def gather_rows(self, rows: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
@@ -185,14 +195,14 @@ class Communicator:
         with self._counted("gather", rows.nbytes if self.rank else 0):
             if self.rank:
                 for row in rows:
-                    self._comm.Send(_bytes(_host(row)), dest=0)
+                    self._comm.Send(_host_bytes(row), dest=0)
                 return
         yield from rows
         for source in range(1, self.size):
             for _ in range(counts[source]):
-                buffer = np.empty_like(_host(rows[0]))
-                self._comm.Recv(_bytes(buffer), source=source)
-                yield _like(buffer, rows)
+                buffer = torch.empty(rows.shape[1:], dtype=rows.dtype)
+                self._comm.Recv(_host_bytes(buffer), source=source)
+                yield buffer.to(rows.device)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value on all ranks. Collective."""
@@ -219,30 +229,27 @@ class Communicator:
             raise failed
         return value
 
-    def place(self, device: str = "auto") -> torch.device:
+    def place(self, device: str = "auto", share: bool = False) -> torch.device:
         """Choose this rank's device and number of threads by its place on the node. Collective.
 
         Arguments:
-            device: ``cpu``, ``cuda``, or ``auto`` (``cuda`` where there is one). Every rank needs a GPU of its own.
+            device: ``cpu``, ``cuda``, or ``auto`` (``cuda`` where there is one).
+            share: Whether ranks may share a GPU; otherwise every rank needs one of its own.
 
         Raises:
-            UserError: if a node has more ranks than GPUs.
+            UserError: if a node has more ranks than GPUs, and they may not share them.
         """
         node = self._comm.Split_type(MPI.COMM_TYPE_SHARED)
         local, here = node.rank, node.size
         cores = set().union(*node.allgather(os.sched_getaffinity(0)))
+        seen = node.allgather([] if device == "cpu" else visible_gpus())
         node.Free()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(cores) // here))
-        if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
-            return torch.device("cpu")
-        if torch.cuda.device_count() < here:
-            raise UserError(
-                f"parallel.device: {here} ranks on this node for {torch.cuda.device_count()} GPUs; "
-                "start one rank per GPU, or set parallel.device to cpu"
-            )
-        torch.cuda.set_device(local)
-        return torch.device("cuda", local)
+        chosen = choose_device(device, seen, local, share)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        return chosen
 
     def refuse(self, mistake: UserError) -> int:
         """Report a user's mistake and return exit code 2. If other ranks go on regardless, the job is aborted.
@@ -261,6 +268,10 @@ class Communicator:
         if self.rank == 0:
             print(line, file=sys.stderr, flush=True)
         return 2
+
+    def _carrier(self, *tensors: Tensor) -> Transport:
+        """The transport for these tensors; without any, the one that ranks with some use too, which have them on the device."""
+        return self.transport if all(tensor.device.type == self.device.type for tensor in tensors) else self._host
 
     @contextmanager
     def _counted(self, kind: str, sent: int) -> Iterator[None]:
@@ -348,16 +359,8 @@ def mpi_library() -> str:
     return MPI.Get_library_version().splitlines()[0].replace("\t", " ").strip("\x00 ")
 
 
-def _host(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().contiguous().cpu().numpy()
-
-
-def _bytes(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(np.uint8)
-
-
-def _like(array: np.ndarray, tensor: Tensor) -> Tensor:
-    return torch.from_numpy(array).to(tensor.device)
+def _host_bytes(tensor: Tensor) -> Any:
+    return memory(as_bytes(tensor.detach().contiguous().cpu()))
 
 
 def _ordered_sum(parts: Sequence[Tensor]) -> Tensor:

@@ -4,12 +4,14 @@
 
 A third of the kills fall at any time of a training, a third when a checkpoint is being written (the temporary file is there), a
 third at any time of a sampling. After each of them the job has to end within ten seconds, and the same command has to go on; a
-finished training has to have the undisturbed run's weights and averages bit for bit, and a finished sampling its samples.
+finished training has to have the undisturbed run's weights and averages bit for bit, and a finished sampling its samples, of
+which those that were on the disk are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -102,6 +104,11 @@ class Campaign:
 
         return moment
 
+    def on_disk(self, name: str) -> int:
+        """How many samples of an unfinished file are kept."""
+        journal = self.folder / f".{name}.h5.journal"
+        return sum(len(json.loads(line)) for line in journal.read_text().splitlines()[1:]) if journal.exists() else 0
+
     def equal_weights(self, run: Path) -> bool:
         """Whether a finished run has the undisturbed run's weights."""
         states = [torch.load(f / f"checkpoint_{STEPS:08d}.pt", weights_only=True) for f in (run, self.folder / "whole")]
@@ -129,7 +136,7 @@ def descendants(parent: int, word: str) -> list[int]:
 def run(kills: int, folder: Path, seed: int) -> list[str]:
     """The campaign; returns the lines of the report."""
     campaign, done, finished = Campaign(folder, seed), Counter[str](), Counter[str]()
-    rounds = 0
+    rounds = kept = 0
     while sum(done.values()) < kills:
         rounds += 1
         name = f"round{rounds}"
@@ -141,6 +148,7 @@ def run(kills: int, folder: Path, seed: int) -> list[str]:
             if not campaign.kill(verb, moment):
                 break
             done[wanted] += 1
+            kept += campaign.on_disk(name)
             print(f"kill {sum(done.values())} ({wanted})", flush=True)
         else:
             if not (folder / f"{name}.h5").exists():  # else the last kill came after the end
@@ -150,7 +158,10 @@ def run(kills: int, folder: Path, seed: int) -> list[str]:
             raise SystemExit(f"{name}, after kills in {wanted}: not the result of the undisturbed run")
         finished[wanted] += 1
     lines = [f"| {phase} | {done[phase]} | {finished[phase]} |" for phase in PHASES]
-    lines += ["", f"A job ended at most {campaign.slowest:.1f} s after the kill."]
+    lines += [
+        "",
+        f"A job ended at most {campaign.slowest:.1f} s after the kill. Kills in sampling left {kept} samples that were kept.",
+    ]
     return ["| killed during | kills | runs that ended with the undisturbed result, all |", "|---|---|---|", *lines]
 
 

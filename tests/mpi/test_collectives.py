@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import CASES, random_field
+from problems import CASES, TRANSPORTS, connect, random_field
 from torch import Tensor
 
 from ddpatch.decomposition import Decomposition
@@ -27,6 +27,15 @@ def padded(field: Tensor, width: int, periodic: tuple[bool, ...]) -> Tensor:
         pad[2 * axis : 2 * axis + 2] = [width, width]
         field = F.pad(field, pad, mode="circular") if wraps else F.pad(field, pad)
     return field
+
+
+@pytest.fixture(params=TRANSPORTS)
+def transport(comm: Communicator, request: pytest.FixtureRequest) -> None:
+    """Connects the communicator with each of the transports."""
+    connect(comm, request.param)
+
+
+over_every_transport = pytest.mark.usefixtures("transport")
 
 
 def inner(a: Tensor, b: Tensor, comm: Communicator) -> float:
@@ -68,6 +77,7 @@ def test_a_roll_by_a_patch_or_through_a_wall_is_refused(comm: Communicator) -> N
             roll(torch.zeros(1, 4, 1, 4, 4), shifts, decomposition, comm.split(comm.rank))
 
 
+@over_every_transport
 @pytest.mark.parametrize(("grid", "patch", "periodic"), CASES)
 def test_the_halo_exchange_and_its_backward_are_adjoint(
     comm: Communicator, grid: tuple[int, ...], patch: tuple[int, ...], periodic: tuple[bool, ...]
@@ -82,6 +92,7 @@ def test_the_halo_exchange_and_its_backward_are_adjoint(
     assert inner(windows.detach(), y, comm) == pytest.approx(inner(x.detach(), x.grad, comm), rel=1e-13)
 
 
+@over_every_transport
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_the_gather_and_its_backward_are_adjoint(comm: Communicator, deterministic: bool) -> None:
     comm.deterministic = deterministic
@@ -96,6 +107,7 @@ def test_the_gather_and_its_backward_are_adjoint(comm: Communicator, determinist
     assert inner(tokens.detach(), y, comm) == pytest.approx(inner(x.detach(), x.grad, comm), rel=1e-13)
 
 
+@over_every_transport
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_reductions_sum_over_ranks(comm: Communicator, deterministic: bool) -> None:
     comm.deterministic = deterministic
@@ -106,11 +118,53 @@ def test_reductions_sum_over_ranks(comm: Communicator, deterministic: bool) -> N
     assert torch.equal(comm.allreduce_(rows.clone()), total)
 
 
+@over_every_transport
 def test_alltoall_transposes_ranks_and_pieces(comm: Communicator) -> None:
     pieces = [torch.full((comm.rank + 1, to + 1), 10.0 * comm.rank + to) for to in range(comm.size)]
     received = comm.alltoall(pieces, [(source + 1, comm.rank + 1) for source in range(comm.size)])
     for source, piece in enumerate(received):
         assert torch.equal(piece, torch.full((source + 1, comm.rank + 1), 10.0 * source + comm.rank))
+
+
+@over_every_transport
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128, torch.bool])
+def test_messages_of_any_type_and_size_go_to_some_ranks(comm: Communicator, dtype: torch.dtype) -> None:
+    """Rank r sends r + 1 numbers to the ranks up to itself; what it sends to itself comes back as it is."""
+    rank, ranks = comm.rank, range(comm.size)
+    outgoing = {to: torch.full((rank + 1, 3), rank + 1, dtype=dtype).t() for to in ranks if to <= rank}
+    incoming = {source: torch.empty(3, source + 1, dtype=dtype) for source in ranks if source >= rank}
+    received = comm.exchange(outgoing, incoming)
+    assert received[rank] is outgoing[rank]
+    assert set(received) == set(incoming)
+    for source, message in received.items():
+        assert torch.equal(message, torch.full((3, source + 1), source + 1, dtype=dtype))
+
+
+@over_every_transport
+def test_an_exchange_without_messages_and_rows_without_numbers(comm: Communicator) -> None:
+    assert comm.exchange({}, {}) == {}
+    counts = [int(rank == 0) for rank in range(comm.size)]
+    assert comm.allgather(torch.ones(counts[comm.rank], 2), counts).tolist() == [[1.0, 1.0]]
+    assert comm.allgather(torch.ones(1, 0), [1] * comm.size).shape == (comm.size, 0)
+
+
+@over_every_transport
+def test_a_part_of_the_ranks_has_the_same_transport(comm: Communicator) -> None:
+    part = comm.split(comm.rank % 2)
+    total = part.allreduce_(torch.tensor([1.0 + comm.rank], dtype=torch.float64))
+    assert float(total) == sum(rank + 1 for rank in range(comm.size) if rank % 2 == comm.rank % 2)
+    part.free()
+
+
+@over_every_transport
+def test_sums_overlap_with_other_communication(comm: Communicator) -> None:
+    numbers = [torch.full((1000,), float(comm.rank + n)) for n in range(3)]
+    pending = [comm.start_sum(tensor) for tensor in numbers]
+    comm.allgather(torch.ones(1), [1] * comm.size)
+    for n, sum_on_its_way in enumerate(pending):
+        total = sum(rank + n for rank in range(comm.size))
+        assert comm.finish_sum(sum_on_its_way).tolist() == [total] * 1000
+        assert numbers[n].tolist() == [comm.rank + n] * 1000
 
 
 def test_rows_arrive_at_rank_0_in_order(comm: Communicator) -> None:
@@ -120,6 +174,7 @@ def test_rows_arrive_at_rank_0_in_order(comm: Communicator) -> None:
     assert rows == (expected if comm.rank == 0 else [])
 
 
+@over_every_transport
 def test_gradients_are_summed_and_missing_ones_count_as_zero(comm: Communicator) -> None:
     used, unused = (torch.nn.Parameter(torch.zeros(3)) for _ in range(2))
     (used.sum() * (comm.rank + 1)).backward()
@@ -141,6 +196,7 @@ def test_a_sum_that_was_released_leaves_the_parameters_to_another(comm: Communic
     assert comm.calls["allreduce"] == 1
 
 
+@over_every_transport
 def test_bytes_and_calls_are_counted(comm: Communicator) -> None:
     """A rank sends its halo once and its tokens once; bytes follow from the surface and from the tokens alone."""
     decomposition = Decomposition((8, 8 * comm.size), (8, 8), comm.size, (False, True))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import field_of, random_field, small_config, write_fields
+from problems import TRANSPORTS, connect, field_of, random_field, small_config, write_fields
 
 from ddpatch.config import Config
 from ddpatch.data.fields import FieldFile
@@ -26,15 +26,16 @@ GRIDS = [((16, 24), (8, 8), (True, True)), ((20, 8), (4, 8), (False, True)), ((8
 
 
 @pytest.mark.parametrize(("grid", "patch", "periodic"), GRIDS)
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_output_and_gradients_equal_the_serial_ones(
-    comm: Communicator, grid: tuple[int, ...], patch: tuple[int, ...], periodic: tuple[bool, ...]
+    comm: Communicator, grid: tuple[int, ...], patch: tuple[int, ...], periodic: tuple[bool, ...], transport: str
 ) -> None:
     config = small_config(Path("none"), domain={"patch": patch, "grid": grid, "periodic": periodic}, model={"positions": 1})
     alone = comm.split(comm.rank)
     waves = tuple(4 * (n // p) // 2 for n, p in zip(grid, patch, strict=True))
     field = field_of(PowerLaw().power(grid), 2, tuple(2 if wraps else 0 for wraps in periodic), waves)
     results = []
-    for ranks in (alone, comm):
+    for ranks in (alone, connect(comm, transport)):
         decomposition = Decomposition(grid, patch, ranks.size, periodic)
         exchange = Exchange(decomposition, ranks, 2)
         model = make_model(config, field)

@@ -137,6 +137,83 @@ def test_a_failure_leaves_what_was_there(comm: Communicator, shared_path: Path, 
     assert {entry.name for entry in shared_path.iterdir()} == before
 
 
+def begin(writer: VolumeWriter) -> None:
+    """The first sample of a series that ends in a failure while the second is written."""
+    first, second = truth(writer.header)
+    with pytest.raises(RuntimeError, match="solver"), writer:
+        writer.write(0, local(first, writer.decomposition, writer.comm.rank))
+        writer.commit()
+        writer.write(1, local(-second, writer.decomposition, writer.comm.rank))
+        raise RuntimeError("solver")
+    writer.comm.barrier()
+
+
+@pytest.mark.mpi(min_size=1)
+@EVERY_MODE
+def test_a_series_goes_on_after_a_failure(comm: Communicator, shared_path: Path, mode: str) -> None:
+    header, path, decomposition = header_of((9, 12)), shared_path / "samples.h5", Decomposition((9, 12), (3, 4), comm.size)
+    begin(open_writer(path, header, decomposition, comm, mode))
+    assert not path.exists()
+    comm.barrier()
+    with open_writer(path, header, decomposition, comm, mode) as writer:
+        assert writer.finished == {0}
+        writer.write(1, local(truth(header)[1], decomposition, comm.rank))
+    assert np.array_equal(read(path)[1], truth(header))
+    names = {path.name, f"{path.name}.ranks"} if mode == "virtual" else {path.name}
+    assert {entry.name for entry in shared_path.iterdir()} == names
+
+
+@pytest.mark.mpi(min_size=1)
+@EVERY_MODE
+def test_a_series_is_not_mixed_with_another_one(comm: Communicator, shared_path: Path, mode: str) -> None:
+    header, path, decomposition = header_of((9, 12)), shared_path / "samples.h5", Decomposition((9, 12), (3, 4), comm.size)
+    begin(open_writer(path, header, decomposition, comm, mode))
+    other = replace(header, attributes={"seed": 8})
+    with pytest.raises(UserError, match=r"samples\.h5: an unfinished series with 1 samples is here, with seed = 7, now 8"):
+        open_writer(path, other, decomposition, comm, mode)
+    comm.barrier()
+    write(open_writer(path, other, decomposition, comm, "gather", overwrite=True))
+    assert np.array_equal(read(path)[1], truth(header))
+    assert {entry.name for entry in shared_path.iterdir()} == {path.name}
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_series_goes_on_with_another_number_of_ranks(comm: Communicator, shared_path: Path) -> None:
+    """Where all ranks write into one file; a file per rank is refused with both numbers."""
+    header, alone = header_of((9, 12)), comm.split(comm.rank)
+    for mode in ("gather", "virtual"):
+        path = shared_path / f"{mode}.h5"
+        if comm.rank == 0:  # the others wait below
+            begin(open_writer(path, header, Decomposition((9, 12), (3, 4), 1), alone, mode))
+        comm.barrier()
+        decomposition = Decomposition((9, 12), (3, 4), comm.size)
+        if mode == "virtual":
+            with pytest.raises(UserError, match=rf"with ranks = 1, now {comm.size}"):
+                open_writer(path, header, decomposition, comm, mode)
+            continue
+        with open_writer(path, header, decomposition, comm, mode) as writer:
+            assert writer.finished == {0}
+            writer.write(1, local(truth(header)[1], decomposition, comm.rank))
+        assert np.array_equal(read(path)[1], truth(header))
+
+
+@pytest.mark.mpi(min_size=1)
+def test_a_line_of_the_journal_that_was_cut_is_not_believed(comm: Communicator, shared_path: Path) -> None:
+    header, path, decomposition = header_of((9, 12)), shared_path / "samples.h5", Decomposition((9, 12), (3, 4), comm.size)
+    begin(open_writer(path, header, decomposition, comm, "gather"))
+
+    def cut() -> None:
+        journal = shared_path / ".samples.h5.journal"
+        assert journal.read_text().endswith("[0]\n")
+        journal.write_text(journal.read_text()[:-1])
+
+    comm.on_root(cut)
+    writer = open_writer(path, header, decomposition, comm, "gather")
+    assert writer.finished == set()
+    write(writer)
+    assert np.array_equal(read(path)[1], truth(header))
+
+
 @pytest.mark.mpi(min_size=1)
 def test_a_virtual_file_moves_with_its_folder_and_misses_no_file_silently(comm: Communicator, shared_path: Path) -> None:
     header, path, decomposition = header_of((9, 12)), shared_path / "samples.h5", Decomposition((9, 12), (3, 4), comm.size)

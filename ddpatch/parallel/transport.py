@@ -1,0 +1,145 @@
+"""How tensors travel through MPI: staged through host memory, or from where they are.
+
+A transport moves tensors between the ranks of one communicator. It neither counts them nor knows what they mean, and it receives
+raw MPI communicators, so that it needs no mpi4py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Transport(Protocol):
+    """What carries tensors between ranks; results are new tensors on the device of the arguments. All methods are collective."""
+
+    def allgather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """The rows of all ranks, ``[sum(counts), ...]``, from this rank's, ``[counts[rank], ...]``."""
+
+    def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """This rank's rows of the sum, ``[counts[rank], ...]``, from rows for all ranks, ``[sum(counts), ...]``."""
+
+    def allreduce(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, of any shape."""
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """Begin an :meth:`allreduce` that overlaps with other methods; what is returned waits for it. Leave the tensor alone
+        until then."""
+
+    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Send a tensor to some other ranks and receive, from some others, one of the shape and type given there."""
+
+    def close(self) -> None:
+        """Release what the transport holds."""
+
+
+class HostTransport:
+    """MPI from host memory: what is on a GPU is staged through pinned buffers, what is not is not copied.
+
+    Arguments:
+        moves: MPI communicator of everything but the sums that overlap.
+        sums: MPI communicator of the same ranks, for these.
+    """
+
+    def __init__(self, moves: Any, sums: Any) -> None:
+        self._moves, self._sums = moves, sums
+
+    def allgather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """See :class:`Transport`. Collective."""
+        sent, received = self._sent(rows), self._room(rows, (sum(counts), *rows.shape[1:]))
+        sizes = [n * rows.shape[1:].numel() * rows.itemsize for n in counts]
+        settle(rows)
+        self._moves.Allgatherv(memory(as_bytes(sent)), [memory(as_bytes(received)), sizes])
+        return _on(rows.device, received)
+
+    def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """See :class:`Transport`. Collective."""
+        sent, received = self._sent(rows), self._room(rows, (counts[self._moves.rank], *rows.shape[1:]))
+        settle(rows)
+        self._moves.Reduce_scatter(memory(sent), memory(received), [n * rows.shape[1:].numel() for n in counts])
+        return _on(rows.device, received)
+
+    def allreduce(self, tensor: Tensor) -> Tensor:
+        """See :class:`Transport`. Collective."""
+        sent, received = self._sent(tensor), self._room(tensor, tensor.shape)
+        settle(tensor)
+        self._moves.Allreduce(memory(sent), memory(received))
+        return _on(tensor.device, received)
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """See :class:`Transport`. Collective."""
+        sent, received = self._sent(tensor), self._room(tensor, tensor.shape)
+        settle(tensor)
+        return partial(_finish, self._sums.Iallreduce(memory(sent), memory(received)), sent, received, tensor.device)
+
+    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """See :class:`Transport`. Receives are posted first. Collective."""
+        sent = {rank: self._sent(tensor) for rank, tensor in outgoing.items()}
+        received = {rank: self._room(like, like.shape) for rank, like in incoming.items()}
+        settle(*outgoing.values(), *incoming.values())
+        requests = [self._moves.Irecv(memory(as_bytes(buffer)), source=rank) for rank, buffer in received.items()]
+        requests += [self._moves.Isend(memory(as_bytes(message)), dest=rank) for rank, message in sent.items()]
+        for request in requests:
+            request.Wait()
+        return {rank: _on(incoming[rank].device, buffer) for rank, buffer in received.items()}
+
+    def close(self) -> None:
+        """Nothing: the communicators belong to who made them."""
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        """The tensor in contiguous host memory, once it has settled."""
+        if tensor.device.type == "cpu":
+            return tensor.detach().contiguous()
+        return self._room(tensor, tensor.shape).copy_(tensor.detach(), non_blocking=True)
+
+    def _room(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """Host memory for tensors of that type and device."""
+        return torch.empty(tuple(shape), dtype=like.dtype, pin_memory=like.device.type == "cuda")
+
+
+class CudaAwareTransport(HostTransport):
+    """MPI from the tensors' own memory, which an MPI library that does not know GPUs ends the process for.
+
+    Sums do not overlap: Open MPI takes no memory of a GPU in non-blocking reductions, so they are made when they are waited for.
+    """
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """See :class:`Transport`. Collective."""
+        return partial(self.allreduce, tensor)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().contiguous()
+
+    def _room(self, like: Tensor, shape: Sequence[int]) -> Tensor:
+        return like.new_empty(tuple(shape))
+
+
+def settle(*tensors: Tensor) -> None:
+    """Wait until the GPUs of these tensors have done what was asked of them: MPI knows nothing of streams. It must neither read
+    what is still being written, nor write into new memory that earlier work still uses."""
+    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+        torch.cuda.current_stream(device).synchronize()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a contiguous tensor, ``[bytes]``, over the same memory."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def memory(tensor: Tensor) -> Any:
+    """What MPI takes for a contiguous tensor: an array over the same memory, or the tensor itself where it is a GPU's."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
+def _finish(request: Any, sent: Tensor, received: Tensor, device: torch.device) -> Tensor:
+    """Wait for a sum; both buffers live until then."""
+    request.Wait()
+    return _on(device, received)
+
+
+def _on(device: torch.device, buffer: Tensor) -> Tensor:
+    return buffer.to(device, non_blocking=True)  # torch keeps a pinned buffer until it is copied

@@ -1,0 +1,132 @@
+"""Groups of patches change memory and time only: losses, gradients and samples are those of all patches at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from problems import field_of, random_field, small_config, write_fields
+from torch import Tensor
+
+from ddpatch.config import Config, ExecutionConfig
+from ddpatch.couplings import COUPLINGS
+from ddpatch.data.fields import FieldFile
+from ddpatch.data.gaussian import PowerLaw
+from ddpatch.errors import UserError
+from ddpatch.model.patches import cut
+from ddpatch.parallel.collectives import Exchange
+from ddpatch.parallel.comm import Communicator
+from ddpatch.parallel.gradients import GradientSum
+from ddpatch.run import decompose, make_denoiser, make_model, measure_field, resolve, stencil_reach
+from ddpatch.sample import Sampler
+from ddpatch.train import Training, train
+
+pytestmark = pytest.mark.mpi(min_size=1)
+
+GRIDS = [
+    ((16, 24), (8, 8), (True, True)),
+    ((40, 8), (8, 8), (False, True)),
+    ((16, 8, 12), (4, 4, 12), (True, True, False)),
+    ((8, 8, 8), (4, 4, 4), (True, True, True)),
+]
+PATCHED = [name for name, paths in COUPLINGS.items() if not paths.whole]
+
+
+def configured(
+    at_once: int | None, coupling: str, grid: tuple[int, ...], patch: tuple[int, ...], periodic: tuple[bool, ...]
+) -> Config:
+    return small_config(
+        Path("none"),
+        domain={"grid": grid, "patch": patch, "periodic": periodic},
+        model={"coupling": coupling},
+        execution={"patches_at_once": at_once},
+    )
+
+
+def gradients(config: Config, comm: Communicator) -> tuple[Tensor, list[Tensor]]:
+    """Losses of the own patches, and the gradients of the field and of all parameters."""
+    decomposition = decompose(config, comm.size)
+    exchange = Exchange(decomposition, comm, config.model.reach)
+    grid, patch = decomposition.grid_shape, decomposition.patch_shape
+    waves = tuple(config.model.tokens * n // p // 2 for n, p in zip(grid, patch, strict=True))
+    field = field_of(PowerLaw().power(grid), 2, stencil_reach(config), waves)
+    model = make_model(config, field)
+    for i, parameter in enumerate(model.parameters()):
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
+    sums = GradientSum(model.parameters(), comm)
+    clean, noise = (cut(random_field(2, 2, grid, seed), decomposition, exchange.patches) for seed in (0, 1))
+    sigma = torch.tensor([0.1, 3.0], dtype=torch.float64)
+    losses = make_denoiser(config, field, model, exchange).loss(clean.requires_grad_(), noise, sigma)
+    losses.sum().backward()
+    sums.finish()
+    assert clean.grad is not None
+    return losses.detach(), [clean.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for a, b in zip(found, expected, strict=True):
+        scale = float(b.abs().max())  # of the tensor: an element may be a small difference of large sums
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * scale)
+    assert max(float(b.abs().max()) for b in expected) > 0
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize(("grid", "patch", "periodic"), GRIDS)
+def test_losses_and_gradients_in_groups_equal_those_of_all_patches_at_once(
+    comm: Communicator, grid: tuple[int, ...], patch: tuple[int, ...], periodic: tuple[bool, ...], at_once: int
+) -> None:
+    reference, streamed = (gradients(configured(n, "two-level", grid, patch, periodic), comm) for n in (None, at_once))
+    assert_same([streamed[0], *streamed[1]], [reference[0], *reference[1]])
+
+
+@pytest.mark.parametrize("coupling", PATCHED)
+def test_every_coupling_runs_in_groups(comm: Communicator, coupling: str) -> None:
+    """Groups of 4 of the 6 patches of a rank do not come out even."""
+    reference, streamed = (gradients(configured(n, coupling, *GRIDS[0]), comm) for n in (None, 4 if comm.size == 1 else 1))
+    assert_same([streamed[0], *streamed[1]], [reference[0], *reference[1]])
+
+
+@pytest.mark.parametrize("at_once", [None, 1])
+def test_a_step_communicates_once_per_direction(comm: Communicator, at_once: int | None) -> None:
+    gradients(configured(at_once, "two-level", *GRIDS[0]), comm)
+    assert {kind: comm.calls[kind] for kind in ("halo", "allgather", "reduce_scatter")} == {
+        "halo": 2,  # the second one since the field has a gradient here
+        "allgather": 1,
+        "reduce_scatter": 1,
+    }
+
+
+def test_training_in_groups_takes_the_same_steps(comm: Communicator, shared_path: Path) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    losses = []
+    for at_once in (None, 1):
+        with FieldFile(data) as file:
+            config = resolve(small_config(data, execution={"patches_at_once": at_once}), file)
+            training = Training(config, file, measure_field(config, file, comm), comm)
+            losses.append([training.advance() for _ in range(3)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-9)
+
+
+def test_samples_in_groups_are_the_same(comm: Communicator, shared_path: Path) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    train(small_config(data, train={"steps": 1}, execution={"patches_at_once": 1}), shared_path / "run", comm)
+    most = max(decompose(Sampler(shared_path / "run", comm).config, comm.size).counts)
+    drawn = [
+        Sampler(shared_path / "run", comm, None, overrides).draw([0, 1], seed=1, solver="dpm++2m", steps=4, shift=True)
+        for overrides in ([], [f"execution.patches_at_once={most}"])
+    ]
+    torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-9, atol=1e-9)
+
+
+def test_a_group_larger_than_a_rank_is_refused_on_all_ranks(comm: Communicator, shared_path: Path) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    config, most = small_config(data, train={"steps": 1}), -(-6 // comm.size)
+    message = rf"execution.patches_at_once: expected at most {most}, got 7: 6 patches over {comm.size} ranks are at most {most}"
+    too_many = dataclasses.replace(config, execution=ExecutionConfig(7))
+    with pytest.raises(UserError, match=message):
+        train(too_many, shared_path / "run", comm)
+    train(dataclasses.replace(config, execution=ExecutionConfig(most)), shared_path / "run", comm)
+    with pytest.raises(UserError, match=message):
+        Sampler(shared_path / "run", comm, None, ["execution.patches_at_once=7"])

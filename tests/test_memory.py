@@ -1,0 +1,68 @@
+"""With one patch at a time, memory is flat in the number of patches, apart from the field itself and the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+from problems import field_of, small_config
+from torch.profiler import ProfilerActivity, profile
+
+from ddpatch.data.gaussian import PowerLaw
+from ddpatch.diffusion.denoiser import Denoiser
+from ddpatch.model.patches import cut
+from ddpatch.parallel.collectives import Exchange
+from ddpatch.parallel.comm import Communicator
+from ddpatch.run import decompose, make_denoiser, make_model
+
+PATCH, WIDTH = (32, 32), 32
+FIELD = 32 * 32 * 4  # bytes of a patch, in single precision
+MAP = WIDTH * FIELD  # bytes of its features at the finest level
+
+
+def denoiser_of(patches: int, at_once: int | None) -> tuple[Denoiser, torch.Tensor]:
+    """A denoiser of a row of patches with one token each, and a field."""
+    grid = (32, 32 * patches)
+    config = small_config(
+        Path("none"),
+        "float32",
+        domain={"patch": PATCH, "grid": grid, "periodic": [True, True]},
+        model={"channels": [WIDTH, WIDTH], "tokens": 1, "coarse_layers": 1},
+        execution={"patches_at_once": at_once},
+    )
+    decomposition = decompose(config, 1)
+    field = field_of(PowerLaw().power(grid), 1, (2, 2), (0, patches // 2))
+    exchange, model = Exchange(decomposition, Communicator(), 2), make_model(config, field)
+    return make_denoiser(config, field, model, exchange), cut(torch.randn(1, 1, *grid), decomposition)
+
+
+def peak(work: Callable[[], object]) -> int:
+    """The most bytes that are allocated together."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        work()
+    assert record.profiler is not None and record.profiler.kineto_results is not None
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def step(patches: int, at_once: int | None) -> int:
+    """Peak of a training step."""
+    denoiser, clean = denoiser_of(patches, at_once)
+    sigma = torch.ones(1, dtype=torch.float64)
+    return peak(lambda: denoiser.loss(clean, torch.randn_like(clean), sigma).sum().backward())
+
+
+def evaluation(patches: int, at_once: int | None) -> int:
+    """Peak of an evaluation as samplers make it."""
+    denoiser, x = denoiser_of(patches, at_once)
+    with torch.no_grad():
+        return peak(lambda: denoiser(x, torch.ones(1, dtype=torch.float64)))
+
+
+@pytest.mark.parametrize("work", [step, evaluation])
+def test_a_patch_more_costs_a_few_copies_of_its_field_and_no_features(work: Callable[[int, int | None], int]) -> None:
+    assert work(32, 1) - work(4, 1) < 28 * 8 * FIELD
+    assert work(4, None) - work(2, None) > 2 * 3 * MAP  # the measure sees what all patches at once cost
