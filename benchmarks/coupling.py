@@ -21,11 +21,8 @@ benchmarks/results/coupling_<grid>_<machine>_<date>.csv, with a report and plots
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
-import shutil
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -35,6 +32,8 @@ from typing import Any
 import torch
 import yaml
 from hardware import describe
+from launch import launch
+from reports import met, write_rows
 from torch import Tensor
 
 from ddpatch.couplings import COUPLINGS
@@ -141,10 +140,8 @@ def train(case: Case, coupling: str, folder: Path, data: Path, ranks: int) -> fl
     }
     config.write_text(yaml.safe_dump(tree))
     ranks = 1 if COUPLINGS[coupling].whole else ranks
-    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    command = [str(mpiexec), "-n", str(ranks), sys.executable, "-m", "ddpatch", "train", str(config), "--run", str(folder)]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    launch(ranks, "-m", "ddpatch", "train", str(config), "--run", str(folder), threads=threads)
     rows = {row["step"]: row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines())}
     return float(sum(row["seconds"] for row in rows.values()))
 
@@ -240,11 +237,6 @@ def bars(case: Case, rows: list[Row]) -> list[str]:
     return lines
 
 
-def met(holds: bool) -> str:
-    """Yes or no."""
-    return "yes" if holds else "**no**"
-
-
 def double(case: Case) -> tuple[int, ...]:
     """The grid of twice the points per axis."""
     return tuple(2 * n for n in case.grid)
@@ -273,10 +265,7 @@ def plot(case: Case, rows: list[Row], bounds: Bounds, path: Path) -> None:
 
 def write(case: Case, rows: list[Row], bounds: Bounds, stem: Path, command: str) -> None:
     """CSV, page and plot."""
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(asdict(rows[0])))
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_rows(stem.with_suffix(".csv"), [asdict(row) for row in rows])
     plot(case, rows, bounds, stem.with_suffix(".png"))
     stem.with_suffix(".md").write_text(report(case, rows, bounds, command) + f"\n![shares]({stem.name}.png)\n")
 

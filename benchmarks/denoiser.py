@@ -9,17 +9,14 @@ ratio of 1 is its error; a model that uses more than second moments can be below
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-import shutil
-import subprocess
-import sys
 import tempfile
 from datetime import date
 from pathlib import Path
 
 import torch
 from hardware import describe
+from launch import launch
 from torch import Tensor
 
 from ddpatch.data.fields import FieldFile
@@ -75,11 +72,10 @@ def ratios(run: Path, data: Path) -> list[float]:
 
 def train(folder: Path, data: Path, steps: int, whiten: bool) -> Path:
     """Train the demo's model on two ranks."""
-    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    command = [str(mpiexec), "-n", "2", sys.executable, "-m", "ddpatch", "train", "configs/demo.yaml", "--run", str(folder)]
+    command = ["-m", "ddpatch", "train", "configs/demo.yaml", "--run", str(folder)]
     for key, value in {"data.path": data, "train.steps": steps, "model.whiten": str(whiten).lower()}.items():
         command += ["--set", f"{key}={value}"]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    launch(2, *command)
     return folder
 
 

@@ -10,17 +10,15 @@ within a round. The report goes to benchmarks/results/.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import platform
 import statistics
 import time
 from datetime import date
-from pathlib import Path
 
 import torch
 from hardware import describe
 from launch import launch
+from reports import listed, stem, write_rows
 
 from ddpatch.config import build
 from ddpatch.data.normalisation import Normalisation
@@ -31,7 +29,6 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.gradients import GradientSum
 from ddpatch.run import Field, decompose, make_denoiser, make_model
 
-RESULTS = Path(__file__).parent / "results"
 RUNS = {"monolith, 1 rank": (1, "monolith"), "two-level, 1 rank": (1, "two-level"), "two-level, 2 ranks": (2, "two-level")}
 
 
@@ -92,16 +89,12 @@ def report(rows: list[dict[str, float | str]], grid: int, command: str) -> str:
         "",
         "| ratio, per round | median | all rounds | bar |",
         "|---|---|---|---|",
-        f"| two-level / monolith, 1 rank | {statistics.median(overhead):.3f} | {_list(overhead)} | at most 1.25 |",
-        f"| 1 rank / 2 ranks, two-level | {statistics.median(speedup):.3f} | {_list(speedup)} | at least 1.8 |",
+        f"| two-level / monolith, 1 rank | {statistics.median(overhead):.3f} | {listed(overhead)} | at most 1.25 |",
+        f"| 1 rank / 2 ranks, two-level | {statistics.median(speedup):.3f} | {listed(speedup)} | at least 1.8 |",
         "",
         f"On 2 ranks {waits / median['two-level, 2 ranks']:.1%} of the step is communication, waiting included.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _list(values: list[float]) -> str:
-    return ", ".join(f"{v:.3f}" for v in values)
 
 
 def main() -> None:
@@ -118,16 +111,13 @@ def main() -> None:
     rows: list[dict[str, float | str]] = []
     for i in range(args.rounds):
         for name, (ranks, model) in RUNS.items():
-            command = [__file__, "--worker", model, "--grid", str(args.grid), "--steps", str(args.steps)]
-            rows.append({"round": i, "run": name, **json.loads(launch(ranks, *command).splitlines()[-1])})
+            options = ("--worker", model, "--grid", str(args.grid), "--steps", str(args.steps))
+            rows.append({"round": i, "run": name, **json.loads(launch(ranks, __file__, *options).splitlines()[-1])})
             print(rows[-1], flush=True)
-    stem = RESULTS / f"step_{platform.machine()}_{date.today()}"
-    with stem.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    path = stem("step")
+    write_rows(path.with_suffix(".csv"), rows)
     text = report(rows, args.grid, f"python benchmarks/step.py --grid {args.grid} --steps {args.steps} --rounds {args.rounds}")
-    stem.with_suffix(".md").write_text(text)
+    path.with_suffix(".md").write_text(text)
     print(text)
 
 

@@ -18,7 +18,6 @@ training shifts the origin at random.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import time
@@ -33,6 +32,7 @@ import torch
 import yaml
 from hardware import describe
 from launch import launch
+from reports import met, stem, write_rows
 from torch import Tensor
 
 from ddpatch.couplings import COUPLINGS
@@ -46,7 +46,6 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.sample import Sampler
 from ddpatch.sample import sample as sample_verb
 
-RESULTS = Path(__file__).parent / "results"
 WORKERS = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))  # trainings at a time, and ranks of a sampling
 SCHEMES = {  # name: (coupling of the network, how it is sampled)
     "full domain": ("full-domain", "moving"),
@@ -262,11 +261,6 @@ def bars(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def met(holds: bool) -> str:
-    """Yes or no."""
-    return "yes" if holds else "**no**"
-
-
 def main() -> None:
     """Train, sample, evaluate, report, one scheme after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -281,7 +275,7 @@ def main() -> None:
         return
     label, flows = ("full", FULL) if args.full else ("small", SMALL)
     flows, rows = {kind: flows[kind] for kind in args.flows}, []
-    stem = RESULTS / f"turbulence_{label}_{os.uname().machine}_{date.today()}"
+    path = stem(f"turbulence_{label}")
     for kind, flow in flows.items():
         folder = args.folder / label / kind
         prepare(flow, folder)
@@ -289,12 +283,9 @@ def main() -> None:
         for scheme in SCHEMES:
             rows.append(measure(flow, scheme, folder))
             print(rows[-1], flush=True)
-            with stem.with_suffix(".csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]))
-                writer.writeheader()
-                writer.writerows(rows)
+            write_rows(path.with_suffix(".csv"), rows)
             command = f"python benchmarks/turbulence.py{' --full' * args.full} --flows {' '.join(args.flows)}"
-            stem.with_suffix(".md").write_text(report(rows, flows, command, label))
+            path.with_suffix(".md").write_text(report(rows, flows, command, label))
 
 
 if __name__ == "__main__":

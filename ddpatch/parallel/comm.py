@@ -9,7 +9,7 @@ import os
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -64,6 +64,7 @@ class Communicator:
         device: This rank's, once it is connected.
         calls, bytes: Number of calls and of bytes sent by this rank, by kind of communication.
         seconds: Wall time this rank spent in communication, waiting included; with NCCL, which a GPU waits for, in asking for it.
+        seconds_by_kind: The same, by kind of communication.
     """
 
     def __init__(self, comm: MPI.Intracomm | None = None, deterministic: bool = False) -> None:
@@ -78,6 +79,7 @@ class Communicator:
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
         self.seconds = 0.0
+        self.seconds_by_kind: defaultdict[str, float] = defaultdict(float)
 
     def split(self, color: int) -> Communicator:
         """The communicator of the ranks that pass the same color, with the same transport. Collective."""
@@ -156,7 +158,7 @@ class Communicator:
             return self.allreduce_(pending.tensor.clone())
         start = time.perf_counter()
         total = pending.wait()
-        self.seconds += time.perf_counter() - start
+        self._waited("allreduce", start)
         return total
 
     def union(self, flags: int) -> int:
@@ -275,9 +277,14 @@ class Communicator:
     def _counted(self, kind: str, sent: int) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds += time.perf_counter() - start
+        self._waited(kind, start)
         self.calls[kind] += 1
         self.bytes[kind] += sent
+
+    def _waited(self, kind: str, start: float) -> None:
+        seconds = time.perf_counter() - start
+        self.seconds += seconds
+        self.seconds_by_kind[kind] += seconds
 
 
 def guard(verb: Callable[[Communicator], None]) -> int:

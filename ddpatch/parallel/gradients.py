@@ -42,6 +42,11 @@ class GradientSum:
                 p.grad = part.view_as(p)
         self._reset()
 
+    def release(self) -> None:
+        """Leave the parameters to another sum."""
+        for hook in self._hooks:
+            hook.remove()
+
     def _reset(self) -> None:
         self._missing = [len(bucket) for bucket in self.buckets]
         self._started: list[Any] = []

@@ -186,6 +186,16 @@ def test_gradients_are_summed_and_missing_ones_count_as_zero(comm: Communicator)
     assert unused.grad.tolist() == [1.0] * 3
 
 
+def test_a_sum_that_was_released_leaves_the_parameters_to_another(comm: Communicator) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    GradientSum([parameter], comm).release()
+    gradients = GradientSum([parameter], comm)
+    parameter.sum().backward()
+    gradients.finish()
+    assert parameter.grad is not None and parameter.grad.tolist() == [comm.size] * 3
+    assert comm.calls["allreduce"] == 1
+
+
 @over_every_transport
 def test_bytes_and_calls_are_counted(comm: Communicator) -> None:
     """A rank sends its halo once and its tokens once; bytes follow from the surface and from the tokens alone."""
@@ -196,6 +206,8 @@ def test_bytes_and_calls_are_counted(comm: Communicator) -> None:
     neighbours = 2 if comm.size > 1 else 0
     assert comm.calls == {"halo": 1, "allgather": 1}
     assert comm.bytes == {"halo": neighbours * 3 * 5 * 2 * 8 * 4, "allgather": 3 * 16 * 7 * 4}
+    assert set(comm.seconds_by_kind) == {"halo", "allgather"}
+    assert sum(comm.seconds_by_kind.values()) == pytest.approx(comm.seconds)
 
 
 def test_a_halo_wider_than_the_patch_is_refused(comm: Communicator) -> None:
