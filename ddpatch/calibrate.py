@@ -69,8 +69,8 @@ def calibrate(
     scale = 1 - first * (TRIAL - 1) / (second - first)
     if not LEAST <= scale <= MOST:
         raise UserError(
-            f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a noise scale from {LEAST} to {MOST} "
-            f"mends, not {scale:.3g}; train longer"
+            f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a noise scale from {LEAST} to "
+            f"{MOST} mends, not {scale:.3g}; train longer"
         )
     kept: dict[str, Any] = {
         "checkpoint": sampler.checkpoint,
