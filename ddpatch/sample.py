@@ -140,7 +140,7 @@ class Sampler:
         return self.config.data.shift and self.config.model.positions == 0 and any(self.decomposition.periodic)
 
     def noise_scale(self, solver: str, steps: int) -> float:
-        """That of the configuration, or what calibration found for this checkpoint, solver and number of steps, or 1. Collective."""
+        """That of the configuration, or what calibration found for checkpoint, solver and number of steps, or 1. Collective."""
         wanted = {"checkpoint": self.checkpoint, "solver": solver, "steps": steps}
         found = self.comm.on_root(lambda: read_calibration(self.folder / CALIBRATION))
         calibrated = found["noise_scale"] if wanted.items() <= found.items() else 1.0
