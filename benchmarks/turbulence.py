@@ -7,8 +7,8 @@ Two flows: two-dimensional Kolmogorov flow on 16 patches, forced isotropic turbu
 whole domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); independent
 patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. MultiDiffusion and PaDIS sample with the network
 of the independent patches. Where patches are coupled the tiling moves too, as it does by default; "fixed tiling" is without.
-Where there is no transformer the coarsest level is wider for it. Every network is calibrated (ddpatch calibrate) on a quarter as many
-samples as are drawn, with the training data; where no noise scale mends the energy, and for overlapping windows, it is 1.
+Where there is no transformer the coarsest level is wider for it. Every network is calibrated (ddpatch calibrate) with a quarter
+as many samples as are drawn, on the training data; where no noise scale mends the energy, and for overlapping windows, it is 1.
 
 Figures are distances to an independent reference in units of the noise floor, that is of the distance between two halves of the
 reference (ddpatch evaluate), and the mean |ln(E_gen / E_ref)| over the resolved shells itself. The seam ratio J is given itself:
