@@ -84,8 +84,9 @@ class Sampler:
             )
         self.decomposition = decompose(self.config, comm.size, grid)
         inherited = self.config.execution.patches_at_once
-        at_once = patches_at_once or (inherited and min(inherited, max(self.decomposition.counts)))
-        self.config = dataclasses.replace(self.config, execution=ExecutionConfig(at_once))
+        if patches_at_once is None and inherited is not None:
+            patches_at_once = min(inherited, max(self.decomposition.counts))
+        self.config = dataclasses.replace(self.config, execution=ExecutionConfig(patches_at_once))
         check_groups(self.config, self.decomposition)
         self.coupling = Exchange(self.decomposition, comm, self.config.model.reach)
         self.model = make_model(self.config, self.field)

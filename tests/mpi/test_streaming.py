@@ -130,3 +130,5 @@ def test_a_group_larger_than_a_rank_is_refused_on_all_ranks(comm: Communicator, 
     train(dataclasses.replace(config, execution=ExecutionConfig(most)), shared_path / "run", comm)
     with pytest.raises(UserError, match=message):
         Sampler(shared_path / "run", comm, patches_at_once=7)
+    with pytest.raises(UserError, match=r"execution.patches_at_once: expected a positive number of patches, got 0"):
+        Sampler(shared_path / "run", comm, patches_at_once=0)
