@@ -244,7 +244,7 @@ def make_denoiser(config: Config, field: Field, model: TwoLevelModel, coupling: 
             fields = group.flatten(0, 1)[:, None]
             return model(fields, noise.repeat_interleave(group.shape[1]), own).unflatten(0, group.shape[:2]).squeeze(2)
 
-        return group_by_group(evaluate, x.split(at_once or x.shape[1], dim=1))
+        return group_by_group(evaluate, [(group,) for group in x.split(at_once or x.shape[1], dim=1)], model.parameters())
 
     own = OwnPatch(config.domain.patch, config.model.reach)
     network = alone if config.model.paths.alone else coupled

@@ -38,7 +38,7 @@ class Normalisation:
     def restore(self, x: Tensor) -> Tensor:
         """Normalised to physical, with shape ``[sample, patch, channel, *points]``."""
         mean, std = self._columns(x)
-        return x * std + mean
+        return torch.addcmul(mean, x, std)
 
     def _columns(self, x: Tensor) -> tuple[Tensor, Tensor]:
         points = (1,) * (x.ndim - 3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,7 @@ class Group(NamedTuple):
         windows: Scaled noisy windows, with shape ``[sample, patch, channel, *(patch_shape + 2 δ)]``.
         sigma: Shape ``[sample]``.
         embedding: Of the noise levels, with shape ``[sample, embedding]``.
+        tokens, fine, linear: What the coarse level tells all patches, where it does (:meth:`TwoLevelModel._couple`).
     """
 
     grid: Decomposition
@@ -77,6 +78,9 @@ class Group(NamedTuple):
     windows: Tensor
     sigma: Tensor
     embedding: Tensor
+    tokens: Tensor | None = None
+    fine: Tensor | None = None
+    linear: Tensor | None = None
 
     @property
     def repeated(self) -> Tensor:
@@ -89,20 +93,6 @@ class Features(NamedTuple):
 
     latent: Tensor
     skips: list[Tensor]
-
-
-class Coarse(NamedTuple):
-    """What the coarse level tells all patches, on the tokens in place; ``None`` where it says nothing.
-
-    Attributes:
-        tokens: Coupled, for the bottleneck, with shape ``[sample, *token_grid, width]``.
-        fine: Spline coefficients for the finest decoder stage, with shape ``[sample, *token_grid, channels[0]]``.
-        linear: Spline coefficients of the coarse part of L u, with shape ``[sample, *token_grid, channel]``.
-    """
-
-    tokens: Tensor | None = None
-    fine: Tensor | None = None
-    linear: Tensor | None = None
 
 
 class TwoLevelModel(nn.Module):
@@ -159,15 +149,21 @@ class TwoLevelModel(nn.Module):
         groups = [Group(grid, coupling.patches[i * most :][:most], windows, sigma, embedding) for i, windows in parts]
         kept = self._encode(groups[0]) if len(groups) == 1 else None
 
-        def encode(group: Group) -> Features:
-            return kept or self._encode(group)
+        def restrict(*members: Any) -> Tensor:
+            group = Group(*members)
+            return self._restrict(group, kept or self._encode(group))
 
-        coarse = Coarse()
+        def decode(*members: Any) -> Tensor:
+            group = Group(*members)
+            return self._decode(group, kept or self._encode(group))
+
         if self.config.paths.coarse:
             check_tokens(grid.patch_shape, self.config.tokens, len(self.config.channels))
-            tokens = coupling.gather(group_by_group(lambda group: self._restrict(group, encode(group)), groups))
-            coarse = self._couple(to_canvas(tokens, grid.patch_grid, self.config.tokens), sigma, embedding, grid)
-        return group_by_group(lambda group: self._decode(group, encode(group), coarse), groups)
+            own = group_by_group(restrict, groups, [*self.encoder.parameters(), *self.restriction.parameters()])
+            canvas = to_canvas(coupling.gather(own), grid.patch_grid, self.config.tokens)
+            tokens, fine, linear = self._couple(canvas, sigma, embedding, grid)
+            groups = [group._replace(tokens=tokens, fine=fine, linear=linear) for group in groups]
+        return group_by_group(decode, groups, self.parameters())
 
     def _encode(self, group: Group) -> Features:
         """The features of a group on all levels of the U-Net."""
@@ -178,8 +174,15 @@ class TwoLevelModel(nn.Module):
         """The tokens of a group, with shape ``[sample, patch, q^d, feature]``."""
         return self.restriction(features.latent, group.windows, group.sigma, self.config.reach, self.overlap)
 
-    def _couple(self, canvas: Tensor, sigma: Tensor, embedding: Tensor, grid: Decomposition) -> Coarse:
-        """Transform the tokens of all patches in place, with shape ``[sample, *token_grid, feature]``."""
+    def _couple(
+        self, canvas: Tensor, sigma: Tensor, embedding: Tensor, grid: Decomposition
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Transform the tokens of all patches in place, with shape ``[sample, *token_grid, feature]``.
+
+        Returns:
+            Coupled tokens, and coefficients of splines for the finest decoder stage and of the coarse part of L u, if there are
+            any: shapes ``[sample, *token_grid, width]``, ``[..., channels[0]]`` and ``[..., channel]``.
+        """
         places = self._token_features(grid).to(canvas).expand(*canvas.shape[:-1], -1)
         coupled = self.coarse(torch.cat([canvas, places], dim=-1), embedding, self.periodic)
         linear = None
@@ -187,22 +190,22 @@ class TwoLevelModel(nn.Module):
             kernels = [weighting(m, overlap) for m, overlap in zip(self.linear.cell, self.overlap, strict=True)]
             scale = mean_scale(sigma, kernels).view(-1, *(1,) * (canvas.ndim - 1))
             linear = self.linear.coarse(canvas[..., -self.channels :] / scale, sigma)
-        return Coarse(coupled, self.prolongation.fine(coupled), linear)
+        return coupled, self.prolongation.fine(coupled), linear
 
-    def _decode(self, group: Group, features: Features, coarse: Coarse) -> Tensor:
+    def _decode(self, group: Group, features: Features) -> Tensor:
         """The result on a group, N or L u + g N, with shape ``[sample, patch, channel, *patch_shape]``."""
         latent, fine = features.latent, None
-        if coarse.tokens is not None:
-            own = own_boxes(coarse.tokens.movedim(-1, 1), group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
+        if group.tokens is not None:
+            own = own_boxes(group.tokens.movedim(-1, 1), group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
             latent = latent + self.prolongation.latent(own.flatten(0, 1).movedim(1, -1), latent.shape[2:])
-        if coarse.fine is not None:
-            fine = splines(coarse.fine, group.grid, group.patches).flatten(0, 1)
+        if group.fine is not None:
+            fine = splines(group.fine, group.grid, group.patches).flatten(0, 1)
         latent = self.bottleneck(latent, group.repeated)
         out = self.decoder(latent, features.skips, group.repeated, fine).unflatten(0, group.windows.shape[:2])
         if self.linear is not None:
             scale = self.linear.scale(group.sigma).view(-1, *(1,) * (out.ndim - 1))
             out = self.linear.fine(group.windows, group.sigma, self.config.reach) + scale * out
-        return out if coarse.linear is None else out + splines(coarse.linear, group.grid, group.patches)
+        return out if group.linear is None else out + splines(group.linear, group.grid, group.patches)
 
     def _token_features(self, decomposition: Decomposition) -> Tensor:
         """Coordinates of all tokens, with shape ``[*token_grid, feature]``: those of a grid with a point per token."""
