@@ -78,7 +78,7 @@ class Campaign:
         ranks = descendants(job.pid, "ddpatch")
         if job.poll() is not None or len(ranks) < RANKS:
             if job.wait(120):
-                raise SystemExit(f"failed without being killed: {' '.join(verb)}")
+                raise SystemExit(f"failed without being killed: {' '.join(verb)}\n{(self.folder / 'stderr').read_text()[-2000:]}")
             return False
         os.kill(self.random.choice(ranks), signal.SIGKILL)
         begin = time.monotonic()
@@ -168,9 +168,10 @@ def run(kills: int, folder: Path, seed: int) -> list[str]:
             done[wanted] += 1
             kept += campaign.on_disk(name) - before
             print(f"kill {sum(done.values())} ({wanted})", flush=True)
+            if (folder / f"{name}.h5").exists():  # the kill came after the end
+                break
         else:
-            if not (folder / f"{name}.h5").exists():  # else the last kill came after the end
-                campaign.timed(verb)
+            campaign.timed(verb)
         equal = campaign.equal_samples(name) if wanted == "sampling" else campaign.equal_weights(folder / name)
         if not equal:
             raise SystemExit(f"{name}, after kills in {wanted}: not the result of the undisturbed run")
