@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import NamedTuple, cast
@@ -25,11 +25,11 @@ from ddpatch.io.volume import VolumeHeader
 from ddpatch.ledger import GRADIENTS, Ledger, Meta, Peaks
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
-from ddpatch.run import Field, decompose, replicas, stencil_reach
+from ddpatch.parallel.imagined import META, ImaginedRanks
+from ddpatch.run import Field, decompose, dtype, replicas, stencil_reach
 from ddpatch.statistics.covariance import Moments
 from ddpatch.train import Training
 
-META = torch.device("meta")
 KEPT = WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
 FEW_GROUPS = (2, 4)  # a rehearsal of more groups is extrapolated from these
 
@@ -55,62 +55,6 @@ class Cost:
         return max(self.peaks.values(), key=lambda parts: parts.total())
 
 
-class Nowhere:
-    """A :class:`ddpatch.parallel.transport.Transport` that makes room for what would arrive, and sends nothing."""
-
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
-
-    def allgather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Room for the rows of all ranks."""
-        return rows.new_empty(sum(counts), *rows.shape[1:])
-
-    def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Room for the own rows."""
-        return rows.new_empty(counts[self.rank], *rows.shape[1:])
-
-    def allreduce(self, tensor: Tensor) -> Tensor:
-        """Room for the sum."""
-        return torch.empty_like(tensor)
-
-    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Room for the sum beside the tensor until both are waited for."""
-        sent, received = tensor, torch.empty_like(tensor)
-        return lambda: (sent, received)[1]
-
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Room for the messages."""
-        return {rank: torch.empty_like(like) for rank, like in incoming.items()}
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class ImaginedRanks(Communicator):
-    """A communicator of ranks that are not there. It counts as any other does.
-
-    Arguments:
-        rank, size: Whom this process plays, and of how many.
-        group: Ranks of a domain group.
-    """
-
-    def __init__(self, rank: int, size: int, group: int, deterministic: bool = False) -> None:
-        super().__init__(deterministic=deterministic)
-        self.rank, self.size, self.group = rank, size, group
-        self.transport, self.device = Nowhere(rank), META
-
-    def place(self, device: str = "auto", share: bool = False) -> torch.device:
-        """Tensors without memory."""
-        return META
-
-    def connect(self, transport: str, device: torch.device) -> None:
-        """Whatever the transport, nothing is sent."""
-
-    def split(self, color: int) -> Communicator:
-        """The domain group of this rank."""
-        return ImaginedRanks(self.rank % self.group, self.group, self.group, self.deterministic)
-
-
 class Rehearsal(Training):
     """A training on data of zeros.
 
@@ -129,13 +73,8 @@ class Rehearsal(Training):
         """As a batch is shaped."""
         share = len(block_range(self.config.train.batch, self.grid.replicas, self.grid.replica))
         shape = (share, len(self.coupling.patches), len(self.field.channels), *self.decomposition.patch_shape)
-        clean = torch.zeros(shape, dtype=self.batch_type, device=self.device)
+        clean = torch.zeros(shape, dtype=dtype(self.config), device=self.device)
         return clean, torch.zeros_like(clean), torch.ones(share, dtype=torch.float64, device=self.device)
-
-    @property
-    def batch_type(self) -> torch.dtype:
-        """Type of fields."""
-        return next(self.model.parameters()).dtype
 
     def fill_moments(self) -> None:
         """What a step leaves to the next: gradients, and what the optimiser keeps."""
@@ -265,11 +204,10 @@ def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:
 
 def halo_bytes(config: Config, header: VolumeHeader, ranks: int, copies: int) -> int:
     """Bytes of one halo exchange of a rank with the most patches."""
-    comm = imagine(config, ranks, copies).split(0)
-    grid, share = decompose(config, ranks // copies), len(block_range(config.train.batch, copies, 0))
-    kind = torch.float64 if config.train.dtype == "float64" else torch.float32
-    exchange = Exchange(grid, comm, config.model.reach)
-    exchange.halo(torch.empty(share, len(exchange.patches), len(header.channels), *grid.patch_shape, dtype=kind, device=META))
+    comm, grid = imagine(config, ranks // copies, 1), decompose(config, ranks // copies)
+    exchange, share = Exchange(grid, comm, config.model.reach), len(block_range(config.train.batch, copies, 0))
+    shape = (share, len(exchange.patches), len(header.channels), *grid.patch_shape)
+    exchange.halo(torch.empty(shape, dtype=dtype(config), device=META))
     comm.free()
     return comm.bytes["halo"]
 

@@ -14,7 +14,8 @@ from ddpatch.__main__ import main
 from ddpatch.config import Config
 from ddpatch.errors import UserError
 from ddpatch.io.volume import VolumeHeader
-from ddpatch.plan import PROCESS, Device, Plan, advise, largest, make_plan, page, plan, read_header
+from ddpatch.machine import Device
+from ddpatch.plan import PROCESS, Plan, advise, largest, make_plan, page, plan, read_header
 from ddpatch.rehearsal import rehearse
 
 DEVICE = Device("cpu", 1e12, 1e9, 10**8, "given")
