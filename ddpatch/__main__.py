@@ -196,7 +196,7 @@ def _add_plan(verbs: Any) -> None:
     verb.add_argument("--channels", type=int, help="of the fields, where there are no data yet")
     verb.add_argument("--device", default="cpu", help="cpu, measured here, or a100, h100, h200 (default %(default)s)")
     verb.add_argument("--memory", type=float, metavar="GIB", help="of a rank (default: the GPU's, or a share of this machine's)")
-    verb.add_argument("--share", type=float, default=0.3, help="of a GPU's published peak, assumed (default %(default)s)")
+    verb.add_argument("--share", type=float, help="of a GPU's published peak that is reached (default: an assumption)")
     verb.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks that share a node's memory (default: one per core)")
     verb.set_defaults(run_verb=plan)
 

@@ -176,7 +176,7 @@ def plan(
     channels: int | None = None,
     device: str = "cpu",
     memory: float | None = None,
-    share: float = SHARE,
+    share: float | None = None,
     ranks_per_node: int | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -189,7 +189,7 @@ def plan(
         channels: Of the fields, where there are no data yet.
         device: ``cpu`` or a GPU's name.
         memory: GiB that a rank may use. Default: the GPU's, or this machine's divided by the ranks on it.
-        share: Of a GPU's published peak that is reached.
+        share: Of a GPU's published peak that is reached. Default: :data:`ddpatch.machine.SHARE`.
         ranks_per_node: Ranks that share a node's memory. Default: one per core of this machine, or all there are.
         say: What is done with the page.
 
@@ -200,7 +200,9 @@ def plan(
         raise UserError(f"--ranks {ranks}: expected at least 1")
     config, header = read_header(config, channels)
     per_node = min(ranks, len(os.sched_getaffinity(0))) if ranks_per_node is None else ranks_per_node
-    found = find_device(device, config, comm, per_node, None if memory is None else memory * 2**30, share)
+    found = find_device(
+        device, config, comm, per_node, None if memory is None else memory * 2**30, SHARE if share is None else share
+    )
     made = make_plan(config, header, ranks, found)
     say(page(made))
     if not made.fits:
