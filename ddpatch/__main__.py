@@ -7,7 +7,7 @@ import math
 import os
 import stat
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -140,6 +140,15 @@ def evaluate(args: argparse.Namespace, comm: Communicator) -> None:
         print(f"report: {args.output / 'report.html'}")
 
 
+def plan(args: argparse.Namespace, comm: Communicator) -> None:
+    """Say what a training needs of every rank: memory, bytes and time."""
+    from ddpatch.plan import plan as run
+
+    say: Callable[[str], None] = print if comm.rank == 0 else lambda text: None
+    config = load(args.config, args.set)
+    run(config, args.ranks, comm, args.channels, args.device, args.memory, args.share, args.ranks_per_node, say)
+
+
 def info(args: argparse.Namespace, comm: Communicator) -> None:
     """Say what this installation consists of."""
     from ddpatch.info import describe
@@ -155,6 +164,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"ddpatch {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
     _add_simulate(verbs)
+    _add_plan(verbs)
     _add_train(verbs)
     _add_sample(verbs)
     _add_calibrate(verbs)
@@ -176,6 +186,19 @@ def _add_simulate(verbs: Any) -> None:
     verb.add_argument("--device", default="cpu", help="cpu, cuda or auto (default %(default)s)")
     verb.add_argument("--overwrite", action="store_true", help="replace an existing file")
     verb.set_defaults(run_verb=simulate)
+
+
+def _add_plan(verbs: Any) -> None:
+    verb = verbs.add_parser("plan", help=plan.__doc__, description=f"{plan.__doc__} Exit code 2 where the memory is too small.")
+    verb.add_argument("config", type=Path, help="YAML file, see configs/")
+    verb.add_argument("--ranks", type=int, required=True, help="number of ranks to plan for, none of which is needed")
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override, as in train")
+    verb.add_argument("--channels", type=int, help="of the fields, where there are no data yet")
+    verb.add_argument("--device", default="cpu", help="cpu, measured here, or a100, h100, h200 (default %(default)s)")
+    verb.add_argument("--memory", type=float, metavar="GIB", help="of a rank (default: the GPU's, or a share of this machine's)")
+    verb.add_argument("--share", type=float, help="of a GPU's published peak that is reached (default: an assumption)")
+    verb.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks that share a node's memory (default: one per core)")
+    verb.set_defaults(run_verb=plan)
 
 
 def _add_train(verbs: Any) -> None:

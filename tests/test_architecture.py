@@ -16,8 +16,8 @@ FLOORS = [
         *("parallel.comm", "parallel.connection", "parallel.devices", "parallel.transport", "parallel.torch_transport"),
         *("model", "diffusion", "optimiser"),
     ),
-    ("parallel", "data", "io", "statistics"),
-    ("run", "log", "train", "sample", "calibrate", "simulate", "evaluate", "info"),
+    ("parallel", "data", "io", "statistics", "ledger"),
+    ("run", "log", "train", "sample", "calibrate", "simulate", "evaluate", "info", "rehearsal", "machine", "plan"),
     ("__main__",),
 ]
 

@@ -89,9 +89,9 @@ def _transfer(kernel: Tensor, angle: Tensor) -> Tensor:
 def _noise(kernel: Tensor, angle: Tensor, cell: int) -> Tensor:
     """The variance of white noise after the kernel, at every m-th point, relative to that before: 1 for a mean over m points."""
     repeated = F.conv1d(kernel[None, None], kernel[None, None], padding=len(kernel) - 1)[0, 0]
-    lags = torch.arange(len(repeated)) - (len(kernel) - 1)
-    kept = lags % cell == 0
-    return cell * (angle[:, None] * lags[kept]).cos() @ repeated[kept]
+    middle = len(kernel) - 1
+    kept = slice(middle % cell, None, cell)
+    return cell * (angle[:, None] * (torch.arange(len(repeated)) - middle)[kept]).cos() @ repeated[kept]
 
 
 def _spline(angle: Tensor, cell: int) -> tuple[Tensor, Tensor]:
