@@ -205,15 +205,19 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """What decides about memory and time, not about results: ``patches_at_once`` is the number of patches, of every sample on a
-    rank, whose features are in memory together; ``null`` all of them (:mod:`ddpatch.model.groups`).
+    """What decides about memory and time, and about results within rounding: ``patches_at_once`` is the number of patches, of
+    every sample on a rank, whose features are in memory together; ``null`` all of them (:mod:`ddpatch.model.groups`).
+    ``precision`` of the features of the fine level is ``full``, that of ``train.dtype``, or ``bfloat16``; weights, fields, the
+    coarse level and all sums are of ``train.dtype`` anyway.
     """
 
     patches_at_once: int | None = None
+    precision: str = "full"
 
     def __post_init__(self) -> None:
         most = self.patches_at_once
         _require(most is None or most > 0, "execution.patches_at_once", most, "a positive number of patches")
+        _one_of(self.precision, ("full", "bfloat16"), "execution.precision")
 
 
 @dataclass(frozen=True)

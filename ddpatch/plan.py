@@ -10,18 +10,19 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from ddpatch.config import Config, ExecutionConfig
+from ddpatch.config import Config
 from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import Decomposition
 from ddpatch.diffusion.solvers import SOLVERS
 from ddpatch.errors import UserError
+from ddpatch.execution import check_groups
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.ledger import COARSE, FEATURES, FIELDS, GRADIENTS, STATE
 from ddpatch.machine import SHARE, Device, find_device
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator
 from ddpatch.rehearsal import KEPT, Costs, rehearse, white_field
-from ddpatch.run import check_groups, decompose, make_model, replicas, resolve
+from ddpatch.run import decompose, make_model, replicas, resolve
 
 PROCESS = "process"
 KEPT_FREE = "freed memory that the C library keeps: much with patches_at_once, little with MALLOC_MMAP_THRESHOLD_=131072"
@@ -102,7 +103,7 @@ def advise(plan: Plan, header: VolumeHeader) -> str:
     """What to change where a plan does not fit: computed, not guessed."""
 
     def with_groups(at_once: int, ranks: int = plan.ranks) -> Plan:
-        config = dataclasses.replace(plan.config, execution=ExecutionConfig(at_once))
+        config = dataclasses.replace(plan.config, execution=dataclasses.replace(plan.config.execution, patches_at_once=at_once))
         return make_plan(config, header, ranks, plan.device)
 
     at_once = largest(lambda n: with_groups(n).fits, max(plan.grid.counts))

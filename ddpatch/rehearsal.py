@@ -17,10 +17,11 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ddpatch.config import Config, ExecutionConfig, ParallelConfig
+from ddpatch.config import Config, ParallelConfig
 from ddpatch.data.fields import FieldFile
 from ddpatch.data.normalisation import Normalisation
 from ddpatch.decomposition import block_range
+from ddpatch.execution import fit_groups
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.ledger import GRADIENTS, Ledger, Meta, Peaks
 from ddpatch.parallel.collectives import Exchange
@@ -146,13 +147,9 @@ def rehearse(config: Config, header: VolumeHeader, ranks: int) -> Costs:
 
 def rehearse_all(config: Config, header: VolumeHeader, ranks: int, copies: int) -> Costs:
     """What a rank with the most patches spends, with all of them."""
-    at_once = config.execution.patches_at_once
     most = max(decompose(config, ranks // copies).counts)
-    config = dataclasses.replace(
-        config,
-        parallel=ParallelConfig(deterministic=config.parallel.deterministic, replicas=copies),
-        execution=ExecutionConfig(at_once and min(at_once, most)),
-    )
+    config = fit_groups(config, decompose(config, ranks // copies))
+    config = dataclasses.replace(config, parallel=ParallelConfig(deterministic=config.parallel.deterministic, replicas=copies))
     comm = imagine(config, ranks, copies)
     training = Rehearsal(config, header, comm)
     ledger = Ledger(header.ndim, most, {p.shape for p in training.model.parameters()})

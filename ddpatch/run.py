@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpatch.config import Config, ExecutionConfig, build
+from ddpatch.config import Config, build
 from ddpatch.data.batches import check_grid
 from ddpatch.data.fields import FieldFile
 from ddpatch.data.normalisation import Normalisation, measure_normalisation, measure_stencil
@@ -184,22 +184,6 @@ def build_for_sampling(tree: dict[str, Any], origin: str, overrides: Sequence[st
     return build(tree, origin, overrides)
 
 
-def fit_groups(config: Config, decomposition: Decomposition) -> Config:
-    """The configuration with no more patches at once than a rank has."""
-    at_once, most = config.execution.patches_at_once, max(decomposition.counts)
-    return dataclasses.replace(config, execution=ExecutionConfig(at_once and min(at_once, most)))
-
-
-def check_groups(config: Config, decomposition: Decomposition) -> None:
-    """Raise a UserError, on all ranks alike, if ``execution.patches_at_once`` is more than any rank has."""
-    at_once, most = config.execution.patches_at_once, max(decomposition.counts)
-    if at_once is not None and at_once > most:
-        raise UserError(
-            f"execution.patches_at_once: expected at most {most}, got {at_once}: "
-            f"{decomposition.num_patches} patches over {decomposition.size} ranks are at most {most} on a rank"
-        )
-
-
 def replicas(config: Config, size: int) -> int:
     """The number of replicas of ``size`` ranks that train."""
     return choose_replicas(size, decompose(config, 1).num_patches, config.train.batch, config.parallel.replicas)
@@ -234,17 +218,20 @@ def make_optimiser(config: Config, model: TwoLevelModel) -> torch.optim.Optimize
 
 def make_denoiser(config: Config, field: Field, model: TwoLevelModel, coupling: Coupling) -> Denoiser:
     """The denoiser of coupled patches, with the configured weighting of its loss."""
-    at_once = config.execution.patches_at_once
+    execution = config.execution
+    all_of_group = dataclasses.replace(execution, patches_at_once=None)
 
     def coupled(x: Tensor, noise: Tensor) -> Tensor:
-        return model(x, noise, coupling, at_once)
+        return model(x, noise, coupling, execution)
 
     def alone(x: Tensor, noise: Tensor) -> Tensor:
         def evaluate(group: Tensor) -> Tensor:
             fields = group.flatten(0, 1)[:, None]
-            return model(fields, noise.repeat_interleave(group.shape[1]), own).unflatten(0, group.shape[:2]).squeeze(2)
+            found = model(fields, noise.repeat_interleave(group.shape[1]), own, all_of_group)
+            return found.unflatten(0, group.shape[:2]).squeeze(2)
 
-        return group_by_group(evaluate, [(group,) for group in x.split(at_once or x.shape[1], dim=1)], model.parameters())
+        groups = x.split(execution.patches_at_once or x.shape[1], dim=1)
+        return group_by_group(evaluate, [(group,) for group in groups], model.parameters())
 
     own = OwnPatch(config.domain.patch, config.model.reach)
     network = alone if config.model.paths.alone else coupled

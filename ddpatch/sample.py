@@ -15,6 +15,7 @@ from ddpatch import __version__
 from ddpatch.config import Config
 from ddpatch.diffusion.solvers import Denoise, make_solver
 from ddpatch.errors import Left, UserError
+from ddpatch.execution import check_groups, check_precision, fit_groups
 from ddpatch.io import checkpoint
 from ddpatch.io.seal import read_seal
 from ddpatch.io.volume import VolumeHeader
@@ -25,7 +26,7 @@ from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.roll import roll
 from ddpatch.random import Stream, generator, patch_noise
-from ddpatch.run import Field, build_for_sampling, check_groups, decompose, dtype, fit_groups, make_denoiser, make_model
+from ddpatch.run import Field, build_for_sampling, decompose, dtype, make_denoiser, make_model
 
 Progress = Callable[[int], None]
 CALIBRATION = "calibration.json"
@@ -92,6 +93,7 @@ class Sampler:
         if not any(override.startswith("execution.") for override in overrides):
             self.config = fit_groups(self.config, self.decomposition)
         check_groups(self.config, self.decomposition)
+        check_precision(self.config, self.device)
         self.coupling = Exchange(self.decomposition, comm, self.config.model.reach)
         self.model = make_model(self.config, self.field)
         checkpoint.restore_weights(self.model, state["ema"], path)

@@ -16,6 +16,7 @@ from ddpatch.decomposition import block_range
 from ddpatch.diffusion.average import AveragedModel
 from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.errors import Left, UserError
+from ddpatch.execution import check_groups, check_precision
 from ddpatch.io import checkpoint
 from ddpatch.io.volume import replace_when_complete
 from ddpatch.log import Log, Progress, forget_rows
@@ -27,7 +28,6 @@ from ddpatch.parallel.grid import make_grid
 from ddpatch.random import Stream, generator, patch_noise
 from ddpatch.run import (
     Field,
-    check_groups,
     check_same_run,
     decompose,
     dtype,
@@ -185,6 +185,7 @@ def train(
     with Notice(time_limit) as notice, FieldFile(config.data.path, config.data.name, config.data.axes) as file:
         config = resolve(config, file)
         check_groups(config, decompose(config, comm.size // replicas(config, comm.size)))
+        check_precision(config, comm.place(config.parallel.device, config.parallel.share_device))
         origin, state = checkpoint.load_latest(folder, comm) if comm.broadcast(checkpoint.find_all(folder)) else (folder, None)
         if state:
             check_same_run(config, state, folder)

@@ -17,7 +17,7 @@ FLOORS = [
         *("model", "diffusion", "optimiser"),
     ),
     ("parallel", "data", "io", "statistics", "ledger"),
-    ("run", "log", "train", "sample", "calibrate", "simulate", "evaluate", "info", "rehearsal", "machine", "plan"),
+    ("execution", "run", "log", "train", "sample", "calibrate", "simulate", "evaluate", "info", "rehearsal", "machine", "plan"),
     ("__main__",),
 ]
 

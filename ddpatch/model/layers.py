@@ -1,4 +1,7 @@
-"""Layers that need no neighbour: convolutions within a patch, and a norm without any reduction over points."""
+"""Layers that need no neighbour: convolutions within a patch, and a norm without any reduction over points.
+
+Weights are kept in the type that they are trained in, and used in the type of the features that they meet.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CONV: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
+
+class Conv2d(nn.Conv2d):
+    """A convolution in the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[batch, inputs, *points]`` to ``[batch, outputs, *points]``."""
+        return self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Conv3d(nn.Conv3d):
+    """A convolution in the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[batch, inputs, *points]`` to ``[batch, outputs, *points]``."""
+        return self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Linear(nn.Linear):
+    """A linear map in the type of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., inputs]`` to ``[..., outputs]``."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+CONV: dict[int, type[Conv2d] | type[Conv3d]] = {2: Conv2d, 3: Conv3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
@@ -29,7 +57,8 @@ class PointNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise every point of ``[batch, channel, *points]``."""
-        return F.layer_norm(x.movedim(1, -1), self.gain.shape, self.gain, self.bias).movedim(-1, 1)
+        gain, bias = self.gain.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x.movedim(1, -1), gain.shape, gain, bias).movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
@@ -49,7 +78,7 @@ class ResidualBlock(nn.Module):
         self.norm1, self.norm2 = PointNorm(inputs), PointNorm(outputs)
         self.conv1 = conv(inputs, outputs, 3, padding=1, padding_mode=beyond)
         self.conv2 = zero(conv(outputs, outputs, 3, padding=1, padding_mode=beyond))
-        self.modulation = nn.Linear(embedding, 2 * outputs)
+        self.modulation = Linear(embedding, 2 * outputs)
         self.skip = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
@@ -70,7 +99,7 @@ class Gain(nn.Module):
 
     def __init__(self, channels: int, embedding: int) -> None:
         super().__init__()
-        self.gain = nn.Linear(embedding, channels)
+        self.gain = Linear(embedding, channels)
         nn.init.zeros_(self.gain.weight)
         nn.init.zeros_(self.gain.bias)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.config import ModelConfig
+from ddpatch.config import ExecutionConfig, ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.model.coarse import CoarseTransformer, ConvolutionalCommunicator
 from ddpatch.model.groups import group_by_group
@@ -70,6 +70,7 @@ class Group(NamedTuple):
         windows: Scaled noisy windows, with shape ``[sample, patch, channel, *(patch_shape + 2 δ)]``.
         sigma: Shape ``[sample]``.
         embedding: Of the noise levels, with shape ``[sample, embedding]``.
+        precision: Type of the features.
         tokens, fine, linear: What the coarse level tells all patches, where it does (:meth:`TwoLevelModel._couple`).
     """
 
@@ -78,6 +79,7 @@ class Group(NamedTuple):
     windows: Tensor
     sigma: Tensor
     embedding: Tensor
+    precision: torch.dtype
     tokens: Tensor | None = None
     fine: Tensor | None = None
     linear: Tensor | None = None
@@ -85,7 +87,7 @@ class Group(NamedTuple):
     @property
     def repeated(self) -> Tensor:
         """The embedding for every patch, with shape ``[sample * patch, embedding]``."""
-        return self.embedding.repeat_interleave(len(self.patches), dim=0)
+        return self.embedding.repeat_interleave(len(self.patches), dim=0).to(self.precision)
 
 
 class Features(NamedTuple):
@@ -130,23 +132,27 @@ class TwoLevelModel(nn.Module):
             self.prolongation = Prolongation(ndim, width, widths[-1], paths.fine * widths[0])
         self.to(memory_format=CHANNELS_LAST[ndim])  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, noise: Tensor, coupling: Coupling, patches_at_once: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, noise: Tensor, coupling: Coupling, execution: ExecutionConfig | None = None) -> Tensor:
         """Evaluate the network on the own patches. Collective.
 
         Arguments:
             x: Scaled noisy patches c_in x_t, with shape ``[sample, local patch, channel, *patch_shape]``.
             noise: c_noise = ln(σ)/4, one value per sample shared by all its patches, with shape ``[sample]``.
             coupling: How to reach other patches.
-            patches_at_once: Patches of every sample whose features are in memory together. With fewer than all the encoder runs
-                twice, for the tokens and for the result; gradients are the same (:mod:`ddpatch.model.groups`). Default: all.
+            execution: How many patches of every sample have their features in memory together, and of what type these are. With
+                fewer than all the encoder runs twice, for the tokens and for the result; gradients are the same
+                (:mod:`ddpatch.model.groups`). Default: all, of the type of ``x``.
 
         Returns:
             Shape of ``x``.
         """
         sigma, embedding, grid = (4 * noise).exp(), self.embed(noise), coupling.decomposition
-        most = patches_at_once or x.shape[1]
+        most, precision = x.shape[1], x.dtype
+        if execution is not None:
+            most = execution.patches_at_once or most
+            precision = torch.bfloat16 if execution.precision == "bfloat16" else precision
         parts = enumerate(coupling.halo(x).split(most, dim=1))
-        groups = [Group(grid, coupling.patches[i * most :][:most], windows, sigma, embedding) for i, windows in parts]
+        groups = [Group(grid, coupling.patches[i * most :][:most], windows, sigma, embedding, precision) for i, windows in parts]
         kept = self._encode(groups[0]) if len(groups) == 1 else None
 
         def restrict(*members: Any) -> Tensor:
@@ -172,7 +178,7 @@ class TwoLevelModel(nn.Module):
 
     def _restrict(self, group: Group, features: Features) -> Tensor:
         """The tokens of a group, with shape ``[sample, patch, q^d, feature]``."""
-        return self.restriction(features.latent, group.windows, group.sigma, self.config.reach, self.overlap)
+        return self.restriction(features.latent.to(group.windows), group.windows, group.sigma, self.config.reach, self.overlap)
 
     def _couple(
         self, canvas: Tensor, sigma: Tensor, embedding: Tensor, grid: Decomposition
@@ -197,11 +203,12 @@ class TwoLevelModel(nn.Module):
         latent, fine = features.latent, None
         if group.tokens is not None:
             own = own_boxes(group.tokens.movedim(-1, 1), group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
-            latent = latent + self.prolongation.latent(own.flatten(0, 1).movedim(1, -1), latent.shape[2:])
+            latent = latent + self.prolongation.latent(own.flatten(0, 1).movedim(1, -1), latent.shape[2:]).to(latent)
         if group.fine is not None:
-            fine = splines(group.fine, group.grid, group.patches).flatten(0, 1)
+            fine = splines(group.fine, group.grid, group.patches).flatten(0, 1).to(latent)
         latent = self.bottleneck(latent, group.repeated)
-        out = self.decoder(latent, features.skips, group.repeated, fine).unflatten(0, group.windows.shape[:2])
+        out = self.decoder(latent, features.skips, group.repeated, fine)
+        out = out.to(group.windows).unflatten(0, group.windows.shape[:2])
         if self.linear is not None:
             scale = self.linear.scale(group.sigma).view(-1, *(1,) * (out.ndim - 1))
             out = self.linear.fine(group.windows, group.sigma, self.config.reach) + scale * out

@@ -38,18 +38,22 @@ class Stem(nn.Module):
         self.place = CONV[ndim](features, outputs, 1, bias=False) if features else None
         self.layers = nn.ModuleList(CONV[ndim](outputs, outputs, 3) for _ in range(halo - 1))
 
-    def forward(self, windows: Tensor, coordinates: Tensor, sigma: Tensor) -> Tensor:
+    def forward(self, windows: Tensor, coordinates: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor:
         """Map windows ``[sample, patch, inputs, *(patch_shape + 2 δ)]`` to ``[sample * patch, outputs, *patch_shape]``.
+
+        What whitening makes of a smooth field is small differences, so that the first convolution has the type of the field.
 
         Arguments:
             windows: The scaled field c_in x.
             coordinates: Shape ``[patch, features, *(patch_shape + 2 δ)]``.
             sigma: Shape ``[sample]``.
+            dtype: Of the result, and of all other layers.
         """
         pad, samples = [self.margin] * 2 * (windows.ndim - 3), len(windows)
         h = self.stencil(F.pad(windows, pad), sigma)
         if self.place is not None:
             h = h + crop(self.place(F.pad(coordinates, pad)), 1).repeat(samples, *(1,) * (h.ndim - 1))
+        h = h.to(dtype)
         for layer in self.layers:
             h = crop(h, 1) + layer(F.silu(h))
         return h
@@ -94,12 +98,12 @@ class Encoder(nn.Module):
             windows: The scaled field c_in x, with shape ``[sample, patch, inputs, *(patch_shape + 2 δ)]``.
             coordinates: Shape ``[patch, features, *(patch_shape + 2 δ)]``.
             sigma: Shape ``[sample]``.
-            embedding: Shape ``[batch, embedding]``.
+            embedding: Shape ``[batch, embedding]``; its type is that of all features.
 
         Returns:
             The latent ``[batch, channels[-1], *latent_shape]`` and the skips of all finer levels, finest first.
         """
-        h, skips = self.stem(windows, coordinates, sigma), []
+        h, skips = self.stem(windows, coordinates, sigma, embedding.dtype), []
         for i, level in enumerate(self.levels):
             for block in _modules(level):
                 h = block(h, embedding)

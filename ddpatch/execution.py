@@ -1,0 +1,50 @@
+"""Whether a configuration can be executed with these patches on this device."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from ddpatch.config import Config
+from ddpatch.decomposition import Decomposition
+from ddpatch.errors import UserError
+
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as x86 and ARM processors name it
+
+
+def fit_groups(config: Config, decomposition: Decomposition) -> Config:
+    """The configuration with no more patches at once than a rank has."""
+    at_once, most = config.execution.patches_at_once, max(decomposition.counts)
+    return dataclasses.replace(
+        config, execution=dataclasses.replace(config.execution, patches_at_once=at_once and min(at_once, most))
+    )
+
+
+def check_groups(config: Config, decomposition: Decomposition) -> None:
+    """Raise a UserError, on all ranks alike, if ``execution.patches_at_once`` is more than any rank has."""
+    at_once, most = config.execution.patches_at_once, max(decomposition.counts)
+    if at_once is not None and at_once > most:
+        raise UserError(
+            f"execution.patches_at_once: expected at most {most}, got {at_once}: "
+            f"{decomposition.num_patches} patches over {decomposition.size} ranks are at most {most} on a rank"
+        )
+
+
+def check_precision(config: Config, device: torch.device) -> None:
+    """Raise a UserError if this rank's device does not compute in the type that the features are to have."""
+    if config.execution.precision == "bfloat16" and not computes_bfloat16(device):
+        raise UserError(
+            f"execution.precision: expected full, got bfloat16: that needs a GPU with it or a processor with avx512_bf16 or "
+            f"amx_bf16, and {device} on {os.uname().nodename} is none"
+        )
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies numbers of that type, rather than converts them first."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    described = Path("/proc/cpuinfo")
+    return described.exists() and not BFLOAT16.isdisjoint(described.read_text().split())
