@@ -9,6 +9,7 @@ patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. 
 of the independent patches. Where patches are coupled the tiling moves too, as it does by default; "fixed tiling" is without.
 Where there is no transformer the coarsest level is wider for it. Every network is calibrated (ddpatch calibrate) with a quarter
 as many samples as are drawn, on the training data; where no noise scale mends the energy, and for overlapping windows, it is 1.
+The first row is that of the training data themselves: what no sampler can be expected to beat.
 
 Figures are distances to an independent reference in units of the noise floor, that is of the distance between two halves of the
 reference (ddpatch evaluate), and the mean |ln(E_gen / E_ref)| over the resolved shells itself. The seam ratio J is given itself:
@@ -59,6 +60,7 @@ SCHEMES = {  # name: (coupling of the network, how it is sampled)
     "halo and tokens": ("two-level", "moving"),
     "halo and tokens, fixed tiling": ("two-level", "fixed"),
 }
+FACTS = ("noise_scale", "seconds", "memory", "bytes", "parameters")  # of a sampling
 DISTANCES = {
     "spectrum": "spectrum",
     "structure_function": "S₂",
@@ -199,15 +201,25 @@ def measure(flow: Flow, scheme: str, folder: Path) -> dict[str, Any]:
     samples, report = folder / f"{stem}.h5", folder / f"{stem}-report"
     command = (__file__, "--worker", str(folder / coupling), way, str(flow.samples[2]), str(samples))
     facts = launch(ranks, *command, threads=WORKERS // ranks).splitlines()[-1]
+    row = {"flow": flow.kind, "scheme": scheme, **compare(flow, samples, folder, report), **json.loads(facts)}
+    kept.write_text(json.dumps(row))
+    return row
+
+
+def compare(flow: Flow, samples: Path, folder: Path, report: Path) -> dict[str, float]:
+    """Distances of a file to the reference."""
     options = ("--patch", *map(str, flow.patch), "--output", str(report), "--overwrite")
     launch(WORKERS, "-m", "ddpatch", "evaluate", str(samples), "--reference", str(folder / "reference.h5"), *options)
     headline = json.loads((report / "metrics.json").read_text())["headline"]
     ratios = {key: headline[key]["ratio"] for key in DISTANCES}
     seams = {"seam_ratio": headline["seam_ratio"]["value"], "reference_seam_ratio": headline["seam_ratio"]["reference"]}
-    values = {"spectrum_error": headline["spectrum"]["value"], **seams}
-    row = {"flow": flow.kind, "scheme": scheme, **ratios, **values, **json.loads(facts)}
-    kept.write_text(json.dumps(row))
-    return row
+    return {**ratios, "spectrum_error": headline["spectrum"]["value"], **seams}
+
+
+def measure_data(flow: Flow, folder: Path) -> dict[str, Any]:
+    """The row of the training data."""
+    found = compare(flow, folder / "data.h5", folder, folder / "data-report")
+    return {"flow": flow.kind, "scheme": "the training data", **found, **dict.fromkeys(FACTS)}
 
 
 def report(rows: list[dict[str, Any]], flows: dict[str, Flow], command: str, label: str) -> str:
@@ -248,8 +260,11 @@ def section(flow: Flow, rows: list[dict[str, Any]]) -> list[str]:
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the table, after its name."""
     ratios = [f"{row[key]:.1f}" for key in DISTANCES]
-    found = [f"{row['spectrum_error']:.3f}", f"{row['seam_ratio']:.3f}", f"{row['noise_scale']:.4f}", str(row["parameters"])]
-    return [*ratios, *found, f"{row['seconds']:.2f}", f"{row['memory']:.2f}", f"{row['bytes'] / 1e6:.2f}"]
+    found = [f"{row['spectrum_error']:.3f}", f"{row['seam_ratio']:.3f}"]
+    if row["parameters"] is None:
+        return [*ratios, *found, *[""] * len(FACTS)]
+    facts = [f"{row['noise_scale']:.4f}", str(row["parameters"]), f"{row['seconds']:.2f}", f"{row['memory']:.2f}"]
+    return [*ratios, *found, *facts, f"{row['bytes'] / 1e6:.2f}"]
 
 
 def bars(rows: list[dict[str, Any]]) -> list[str]:
@@ -292,6 +307,7 @@ def main() -> None:
         folder = args.folder / label / kind
         prepare(flow, folder)
         train_all(flow, folder)
+        rows.append(measure_data(flow, folder))
         for scheme in SCHEMES:
             rows.append(measure(flow, scheme, folder))
             print(rows[-1], flush=True)

@@ -18,7 +18,7 @@ from ddpatch.sample import CALIBRATION, Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
 TRIAL = 1.01
-LEAST, MOST = 0.95, 1.05
+LEAST, MOST = 0.9, 1.1
 
 
 def calibrate(
@@ -49,7 +49,7 @@ def calibrate(
         What is kept: ``checkpoint``, ``solver``, ``steps``, ``noise_scale``, and ``energy``, which is m(1).
 
     Raises:
-        UserError: if the samples have energies that no scale from 0.95 to 1.05 mends.
+        UserError: if the samples have energies that no scale from 0.9 to 1.1 mends.
     """
     sampler = Sampler(folder, comm, overrides=overrides)
     settings = sampler.config.sample

@@ -158,7 +158,8 @@ class TrainConfig:
 class SampleConfig:
     """How samples are drawn: ``solver`` is ``heun`` or ``dpm++2m``, ``steps`` the number of solver steps. ``shift`` lets the
     patches tile the grid from another origin in every evaluation, along periodic axes, where the training did so too. The
-    predicted noise is divided by ``noise_scale``; ``null`` takes what ``ddpatch calibrate`` found for the checkpoint, or 1.
+    predicted noise is divided by ``noise_scale``, more so towards the end (:class:`ddpatch.diffusion.solvers.Solver`); ``null``
+    takes what ``ddpatch calibrate`` found for the checkpoint, or 1.
     """
 
     solver: str = "dpm++2m"

@@ -23,9 +23,9 @@ class Solver(ABC):
 
     Arguments:
         denoise: D(x, σ), with shapes ``[sample, *]`` and ``[sample]``.
-        noise_scale: λ, by which the predicted noise is divided: x - (x - D)/λ stands for D. The errors of a trajectory take
-            energy out of samples, slightly more than 1 leaves it in (Ning et al., "Elucidating the exposure bias in diffusion
-            models", ICLR 2024).
+        noise_scale: λ. The predicted noise is divided by 1 + (λ - 1) c_in, c_in = 1 / sqrt(1 + σ²): x - (x - D) / (...) stands
+            for D. The errors of a trajectory take energy out of samples, slightly more than 1 leaves it in (Ning et al.,
+            "Elucidating the exposure bias in diffusion models", ICLR 2024), the more the less noise there is beside it.
     """
 
     name: str
@@ -61,7 +61,9 @@ class Solver(ABC):
         """D(x; σ) at one noise level for all samples, counted."""
         self.evaluations += 1
         data = self._denoise(x, torch.full((len(x),), sigma, dtype=torch.float64, device=x.device))
-        return data if self._noise_scale == 1 else torch.lerp(x, data, 1 / self._noise_scale)
+        if self._noise_scale == 1:
+            return data
+        return torch.lerp(x, data, 1 / (1 + (self._noise_scale - 1) / math.sqrt(1 + sigma**2)))
 
 
 class Heun(Solver):

@@ -26,16 +26,16 @@ def test_the_scale_undoes_noise_that_is_predicted_too_large(comm: Communicator, 
         return x / (1 + sigma[:, None] ** 2)
 
     def too_much(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        return x - 1.03 * (x - exact(x, sigma))
+        return x - (1 + 0.03 / (1 + sigma[:, None] ** 2).sqrt()) * (x - exact(x, sigma))
 
     noise, sigmas = torch.randn(4, 50, dtype=torch.float64), torch.logspace(1, -2, 12, dtype=torch.float64)
     expected = make_solver(solver, exact).solve(noise, sigmas)
     torch.testing.assert_close(make_solver(solver, too_much, 1.03).solve(noise, sigmas), expected)
-    assert make_solver(solver, too_much).solve(noise, sigmas).var() < 0.95 * expected.var()
+    assert make_solver(solver, too_much).solve(noise, sigmas).var() < 0.97 * expected.var()
 
 
 def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network is the exact linear denoiser and a little noise; one that predicts 1 % more noise needs 1 % more scale."""
+    """The network is the exact linear denoiser and a little noise; 1 % more noise at the end needs 1 % more scale."""
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5", samples=32))
     train(small_config(data, "float32", train={"steps": 1, "batch": 8}, model={"halo": 4}), shared_path / "run", comm)
     right = calibrate(shared_path / "run", comm, count=16, steps=10)
@@ -44,13 +44,18 @@ def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path
     def wrong(self: Sampler, *args: object, **options: object) -> None:
         made(self, *args, **options)  # type: ignore[arg-type]
         exact = self.denoise
-        self.denoise = lambda x, sigma: x - 1.01 * (x - exact(x, sigma))  # type: ignore[assignment]
+
+        def too_much(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            more = 0.01 / (1 + sigma.view(-1, *(1,) * (x.ndim - 1)).square()).sqrt()
+            return x - (1 + more).to(x) * (x - exact(x, sigma))
+
+        self.denoise = too_much  # type: ignore[assignment]
         known.append(self)
 
     monkeypatch.setattr(Sampler, "__init__", wrong)
     found = calibrate(shared_path / "run", comm, count=16, steps=10)
-    assert known and found["noise_scale"] == pytest.approx(1.01 * right["noise_scale"], abs=1e-3)
-    assert found["energy"] < right["energy"] - 0.02
+    assert known and found["noise_scale"] == pytest.approx(right["noise_scale"] + 0.01, abs=1e-3)
+    assert found["energy"] < right["energy"] - 0.005
     comm.barrier()
     assert not list((shared_path / "run").glob(".calibration*"))
 
