@@ -1,10 +1,13 @@
-"""Time of one training step: the two-level model against a monolithic U-Net of equal width, and two ranks against one.
+"""Time of one training step: patches against a monolithic U-Net of equal width, in both precisions, and two ranks against one.
 
-    python benchmarks/step.py                       # about 6 minutes on two cores; needs them to itself
+    python benchmarks/step.py                          # about 10 minutes on two cores; needs them to itself
+    python benchmarks/step.py --grid 128 --rounds 2    # about 40 minutes
 
 The monolith is the same encoder, bottleneck and decoder on the whole volume as one patch, without tokens and transformer. Every
 rank has one thread. Runs alternate, so that a drift of the machine's speed hits all alike; figures are medians, ratios are taken
-within a round. The report goes to benchmarks/results/.
+within a round. The share of the peak is that of the operations of convolutions and matrix products (ddpatch/ledger.py; with
+those that groups repeat) per second, of those of the fastest product of two square matrices in the same type, measured in
+between. The report goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -13,47 +16,87 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import dataclass
 from datetime import date
+from typing import Any
 
 import torch
 from hardware import describe
 from launch import launch
-from reports import listed, stem, write_rows
+from reports import command, listed, met, stem, table, write_rows
 
-from ddpatch.config import build
-from ddpatch.data.normalisation import Normalisation
+from ddpatch.config import Config, build
 from ddpatch.diffusion.denoiser import detached_sum
+from ddpatch.execution import computes_bfloat16
+from ddpatch.io.volume import VolumeHeader
+from ddpatch.log import peak_memory
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.gradients import GradientSum
-from ddpatch.run import Field, decompose, make_denoiser, make_model
+from ddpatch.rehearsal import rehearse, white_field
+from ddpatch.run import decompose, make_denoiser, make_model
 
-RUNS = {"monolith, 1 rank": (1, "monolith"), "two-level, 1 rank": (1, "two-level"), "two-level, 2 ranks": (2, "two-level")}
+SIDE, TIMES = 2048, 3  # of the matrices, and of their products
+CPU = torch.device("cpu")
+Row = dict[str, Any]
 
 
-def measure(model: str, grid: int, steps: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Run:
+    """What takes a step: ranks, coupling, patches per axis, and how they are executed."""
+
+    ranks: int
+    coupling: str
+    patches: int
+    precision: str = "full"
+    at_once: int | None = None
+
+    def config(self, grid: int) -> Config:
+        """Its configuration."""
+        tree = {
+            "domain": {"patch": [grid // self.patches] * 3, "grid": [grid] * 3, "periodic": [True] * 3},
+            "data": {"path": "none"},
+            "model": {"coupling": self.coupling},
+            "train": {"batch": 1},
+            "execution": {"precision": self.precision, "patches_at_once": self.at_once},
+        }
+        return build(tree, "benchmark")
+
+
+MONOLITH, PATCHES, LOWER, PARALLEL = "monolith", "two-level", "two-level, bfloat16", "two-level, 2 ranks"
+RUNS = {
+    MONOLITH: Run(1, "halo", 1),
+    "monolith, bfloat16": Run(1, "halo", 1, "bfloat16"),
+    PATCHES: Run(1, "two-level", 2),
+    "two-level, a patch at a time": Run(1, "two-level", 2, "full", 1),
+    LOWER: Run(1, "two-level", 2, "bfloat16"),
+    PARALLEL: Run(2, "two-level", 2),
+}
+RATIOS = (  # one run over another, and the bar
+    (PATCHES, MONOLITH, 1.0),
+    (LOWER, MONOLITH, 0.5),
+    (PARALLEL, PATCHES, 1 / 1.8),
+)
+
+
+def measure(run: Run, grid: int, steps: int) -> Row:
     """Median seconds of a training step on this communicator's ranks. Collective."""
-    comm = Communicator()
+    comm, config = Communicator(), run.config(grid)
     torch.set_num_threads(1)
-    patch, way = (grid, "halo") if model == "monolith" else (grid // 2, "two-level")
-    domain = {"patch": [patch] * 3, "grid": [grid] * 3, "periodic": [True] * 3}
-    config = build({"domain": domain, "data": {"path": "none"}, "model": {"coupling": way}}, "benchmark")
-    exchange = Exchange(decompose(config, comm.size), comm, config.model.reach)
-    size = 3 * 3**3
-    stencil = tuple(tuple(float(i == j) for j in range(size)) for i in range(size))
-    field = Field(("u", "v", "w"), (1.0,) * 3, Normalisation((0.0,) * 3, (1.0,) * 3), 0.01, 100.0, stencil, ((1.0,), (1.0,)))
+    header = VolumeHeader(1, ("u", "v", "w"), (grid,) * 3, (1.0,) * 3, (True,) * 3)
+    field, exchange = white_field(config, header), Exchange(decompose(config, comm.size), comm, config.model.reach)
     network = make_model(config, field)
     denoiser, optimiser = make_denoiser(config, field, network, exchange), torch.optim.Adam(network.parameters())
     gradients = GradientSum(network.parameters(), comm)
-    clean, noise = torch.randn(2, 1, len(exchange.patches), 3, *(patch,) * 3)
+    clean, noise = torch.randn(2, 1, len(exchange.patches), len(field.channels), *config.domain.patch)
     seconds, communication = [], []
     for _ in range(steps + 1):
         comm.barrier()
         start, waited = time.perf_counter(), comm.seconds
         losses = denoiser.loss(clean, noise, torch.ones(1, dtype=torch.float64))
         optimiser.zero_grad(set_to_none=True)
-        (losses.sum() / (3 * grid**3)).backward()
+        (losses.sum() / (len(field.channels) * grid**3)).backward()
         comm.allreduce_(detached_sum(losses)[None])
         gradients.finish()
         optimiser.step()
@@ -62,39 +105,69 @@ def measure(model: str, grid: int, steps: int) -> dict[str, float]:
     return {
         "seconds": statistics.median(seconds[1:]),
         "communication": statistics.median(communication[1:]),
+        "memory": max(comm.gather(peak_memory(CPU))),
         "parameters": count_parameters(network),
+        "flops": rehearse(config, header, run.ranks).step.flops,
+        "peak": measure_peak(torch.bfloat16 if run.precision == "bfloat16" else torch.float32),
     }
 
 
-def report(rows: list[dict[str, float | str]], grid: int, command: str) -> str:
+def measure_peak(dtype: torch.dtype) -> float:
+    """Operations per second of this core in products of square matrices."""
+    matrix, seconds = torch.randn(SIDE, SIDE).to(dtype), []
+    for _ in range(TIMES):
+        start = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - start)
+    return 2 * SIDE**3 / min(seconds)
+
+
+def report(rows: list[Row], grid: int) -> str:
     """The Markdown page."""
-    median = {name: statistics.median(float(r["seconds"]) for r in rows if r["run"] == name) for name in RUNS}
-    rounds = [{str(r["run"]): float(r["seconds"]) for r in rows if r["round"] == i} for i in sorted({r["round"] for r in rows})]
-    overhead = [r["two-level, 1 rank"] / r["monolith, 1 rank"] for r in rounds]
-    speedup = [r["two-level, 1 rank"] / r["two-level, 2 ranks"] for r in rounds]
-    waits = statistics.median(float(r["communication"]) for r in rows if r["run"] == "two-level, 2 ranks")
+    rounds = [{row["run"]: row for row in rows if row["round"] == i} for i in sorted({row["round"] for row in rows})]
+    waits = [each[PARALLEL]["communication"] / each[PARALLEL]["seconds"] for each in rounds]
     lines = [
         f"# One training step at {grid}³ × 3 channels, {date.today()}",
         "",
-        f"{describe()}. `{command}`",
+        f"{describe()}. `{command()}`",
         "",
         f"U-Net 32-64-128, one residual block per level and side, batch 1; the two-level model has 8 patches of {grid // 2}³.",
         "",
-        "| run | parameters | s per step | kvoxel/s |",
-        "|---|---|---|---|",
-        *(
-            f"| {n} | {next(r['parameters'] for r in rows if r['run'] == n)} | {s:.3f} | {grid**3 / s / 1e3:.1f} |"
-            for n, s in median.items()
+        *table(
+            (
+                "run",
+                "parameters",
+                "s per step",
+                "kvoxel/s",
+                "GFLOP/s of a rank",
+                "share of the peak",
+                "GB of a rank",
+            ),
+            [[name, *cells([each[name] for each in rounds], grid)] for name in rounds[0]],
         ),
-        "",
-        "| ratio, per round | median | all rounds | bar |",
-        "|---|---|---|---|",
-        f"| two-level / monolith, 1 rank | {statistics.median(overhead):.3f} | {listed(overhead)} | at most 1.25 |",
-        f"| 1 rank / 2 ranks, two-level | {statistics.median(speedup):.3f} | {listed(speedup)} | at least 1.8 |",
-        "",
-        f"On 2 ranks {waits / median['two-level, 2 ranks']:.1%} of the step is communication, waiting included.",
+        *table(
+            ("ratio of times", "median", "all rounds", "bar", "met"),
+            [line(rounds, *ratio) for ratio in RATIOS if {*ratio[:2]} <= set(rounds[0])],
+        ),
+        f"On 2 ranks {statistics.median(waits):.1%} of the step is communication, waiting included.",
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, ""])
+
+
+def cells(rows: list[Row], grid: int) -> list[str]:
+    """What the rounds of one run come to."""
+    seconds = statistics.median(r["seconds"] for r in rows)
+    rates = statistics.median(r["flops"] / r["seconds"] for r in rows)
+    share = statistics.median(r["flops"] / r["seconds"] / r["peak"] for r in rows)
+    speed, memory = f"{grid**3 / seconds / 1e3:.1f}", f"{max(r['memory'] for r in rows) / 1e9:.2f}"
+    return [str(rows[0]["parameters"]), f"{seconds:.3f}", speed, f"{rates / 1e9:.1f}", f"{share:.0%}", memory]
+
+
+def line(rounds: list[dict[str, Row]], run: str, other: str, bar: float) -> list[str]:
+    """The times of one run over those of another."""
+    ratios = [each[run]["seconds"] / each[other]["seconds"] for each in rounds]
+    middle = statistics.median(ratios)
+    return [f"{run} / {other}", f"{middle:.3f}", listed(ratios), f"at most {bar:.3g}", met(middle <= bar)]
 
 
 def main() -> None:
@@ -106,19 +179,19 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(measure(args.worker, args.grid, args.steps)))
+        print(json.dumps(measure(RUNS[args.worker], args.grid, args.steps)))
         return
-    rows: list[dict[str, float | str]] = []
+    rows: list[Row] = []
+    path = stem(f"step_{args.grid}")
     for i in range(args.rounds):
-        for name, (ranks, model) in RUNS.items():
-            options = ("--worker", model, "--grid", str(args.grid), "--steps", str(args.steps))
-            rows.append({"round": i, "run": name, **json.loads(launch(ranks, __file__, *options).splitlines()[-1])})
-            print(rows[-1], flush=True)
-    path = stem("step")
-    write_rows(path.with_suffix(".csv"), rows)
-    text = report(rows, args.grid, f"python benchmarks/step.py --grid {args.grid} --steps {args.steps} --rounds {args.rounds}")
-    path.with_suffix(".md").write_text(text)
-    print(text)
+        for name, run in RUNS.items():
+            if run.precision == "full" or computes_bfloat16(CPU):
+                options = ("--worker", name, "--grid", str(args.grid), "--steps", str(args.steps))
+                rows.append({"round": i, "run": name, **json.loads(launch(run.ranks, __file__, *options).splitlines()[-1])})
+                print(rows[-1], flush=True)
+        write_rows(path.with_suffix(".csv"), rows)
+        path.with_suffix(".md").write_text(report(rows, args.grid))
+    print(report(rows, args.grid))
 
 
 if __name__ == "__main__":

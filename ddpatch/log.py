@@ -22,7 +22,10 @@ Progress = Callable[[dict[str, Any]], None]
 
 
 class Log:
-    """The rows of log.jsonl, written by rank 0: means over the steps since the row before."""
+    """The rows of log.jsonl, written by rank 0: means over the steps since the row before.
+
+    ``calls_per_step`` are those of this rank, by kind of communication, ``bytes_per_step`` what the rank sends that sends most.
+    """
 
     def __init__(self, path: Path, training: Training, progress: Progress) -> None:
         self.training, self.progress = training, progress
@@ -43,8 +46,9 @@ class Log:
 
     def write(self) -> None:
         """Write a row and begin anew. Collective."""
-        training, wall = self.training, time.perf_counter() - self._start
-        comm, points = training.comm, training.decomposition.num_points * training.config.train.batch * len(self._losses)
+        training, wall, steps = self.training, time.perf_counter() - self._start, len(self._losses)
+        comm, points = training.comm, training.decomposition.num_points * training.config.train.batch * steps
+        calls, sent = training.grid.calls - self._calls, comm.gather(training.grid.bytes - self._bytes)
         local = torch.tensor(
             [
                 training.grid.seconds - self._comm_seconds,
@@ -61,6 +65,8 @@ class Log:
             "skipped": training.skipped,
             "voxels_per_rank_second": points / wall / comm.size,
             "communication": float(ranks[:, 0].mean()) / wall,
+            "calls_per_step": {kind: number / steps for kind, number in calls.items()},
+            "bytes_per_step": {kind: max(rank[kind] for rank in sent) / steps for kind in calls},
             "input": float(ranks[:, 1].mean()) / wall,
             "peak_memory_gib": float(ranks[:, 2].max()) / 2**30,
             "seconds": wall,
@@ -77,6 +83,7 @@ class Log:
     def _reset(self) -> None:
         self._losses: list[float] = []
         self._start = time.perf_counter()
+        self._calls, self._bytes = self.training.grid.calls, self.training.grid.bytes
         self._comm_seconds, self._io_seconds = self.training.grid.seconds, self.training.batches.seconds
 
 

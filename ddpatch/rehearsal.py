@@ -174,16 +174,10 @@ def evaluate(training: Rehearsal) -> None:
 
 def spent(training: Rehearsal, ledger: Ledger, action: Callable[[], object]) -> Cost:
     """What an action costs."""
-    before = sent(training)
+    before = training.grid.bytes
     ledger.begin(training.kept())
     action()
-    return Cost(len(training.coupling.patches), ledger.peaks, ledger.flops, sent(training) - before)
-
-
-def sent(training: Training) -> Counter[str]:
-    """Bytes that a rank has sent so far, by kind."""
-    world, domain = training.grid.world, training.grid.domain
-    return Counter(world.bytes) if domain is world else world.bytes + domain.bytes
+    return Cost(len(training.coupling.patches), ledger.peaks, ledger.flops, training.grid.bytes - before)
 
 
 def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from ddpatch.errors import UserError
@@ -28,6 +29,16 @@ class ProcessGrid:
     def seconds(self) -> float:
         """Wall time that this rank spent in communication."""
         return self.world.seconds + (self.domain.seconds if self.domain is not self.world else 0.0)
+
+    @property
+    def calls(self) -> Counter[str]:
+        """Calls of this rank so far, by kind of communication."""
+        return self.world.calls + (self.domain.calls if self.domain is not self.world else Counter())
+
+    @property
+    def bytes(self) -> Counter[str]:
+        """Bytes that this rank has sent so far, by kind of communication."""
+        return self.world.bytes + (self.domain.bytes if self.domain is not self.world else Counter())
 
 
 def make_grid(world: Communicator, replicas: int) -> ProcessGrid:

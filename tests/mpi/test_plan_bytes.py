@@ -9,7 +9,7 @@ from problems import small_config, write_fields
 
 from ddpatch.data.fields import FieldFile
 from ddpatch.parallel.comm import Communicator
-from ddpatch.rehearsal import imagine, rehearse, sent
+from ddpatch.rehearsal import imagine, rehearse
 from ddpatch.run import measure_field, replicas, resolve
 from ddpatch.train import Training
 
@@ -35,9 +35,9 @@ def test_bytes_of_a_step_are_those_of_the_counters(
         config = resolve(config, file)
         comm.deterministic = deterministic
         training = Training(config, file, measure_field(config, file, comm), comm)
-        before = sent(training)
+        before = training.grid.bytes
         training.advance()
-        found = comm.gather(sent(training) - before)
+        found = comm.gather(training.grid.bytes - before)
         planned = rehearse(config, file.header, comm.size).step.sent
     player = imagine(config, comm.size, replicas(config, comm.size))
     assert +planned == found[player.rank]
