@@ -1,7 +1,7 @@
 """Memory and time of volumes whose features do not fit into memory together: training steps and samples, patch by patch.
 
     python benchmarks/streaming.py small      # training steps at 64³ and 128³, beside a U-Net on the whole volume: half an hour
-    python benchmarks/streaming.py volume     # training steps at 256³ on 1 and on 2 ranks: one hour
+    python benchmarks/streaming.py volume     # a training step at 256³ on 1 and on 2 ranks: half an hour
     python benchmarks/streaming.py sample     # a sample of 512³ in 10 evaluations on 1 and on 2 ranks: two hours
 
 Every case runs in processes of its own with one thread per rank, and needs the machine to itself for its times. Memory
@@ -100,18 +100,21 @@ def write_noise(path: Path, grid: int, samples: int) -> None:
 
 
 def train_steps(case: Case, folder: Path, comm: Communicator) -> Facts:
-    """Median seconds of a training step after one that is not timed, and the memory of start-up and steps. Collective."""
+    """Median seconds of a training step, and the memory of start-up and steps. Collective.
+
+    Where there are several steps, one more before them is not timed.
+    """
     with FieldFile(folder / "data.h5") as file:
         config = resolve(case.config(folder / "data.h5"), file)
         training = Training(config, file, measure_field(config, file, comm), comm)
         start, seconds = highest_memory(comm), []
         forget_highest_memory()
-        for _ in range(case.steps + 1):
+        for _ in range(case.steps + (case.steps > 1)):
             comm.barrier()
             began = time.perf_counter()
             training.advance()
             seconds.append(max(comm.gather(time.perf_counter() - began)))
-    return {"seconds": statistics.median(seconds[1:]), "start": start, "memory": highest_memory(comm)}
+    return {"seconds": statistics.median(seconds[case.steps > 1 :]), "start": start, "memory": highest_memory(comm)}
 
 
 def draw_sample(case: Case, folder: Path, comm: Communicator) -> Facts:
