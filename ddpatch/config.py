@@ -209,16 +209,19 @@ class ExecutionConfig:
     """What decides about memory and time, and about results within rounding: ``patches_at_once`` is the number of patches, of
     every sample on a rank, whose features are in memory together; ``null`` all of them (:mod:`ddpatch.model.groups`).
     ``precision`` of the features of the fine level is ``full``, that of ``train.dtype``, or ``bfloat16``; weights, fields, the
-    coarse level and all sums are of ``train.dtype`` anyway.
+    coarse level and all sums are of ``train.dtype`` anyway. ``coarse`` is ``replicated``: every rank transforms the tokens of all
+    patches; ``sharded``: those of its own, with keys and values gathered; ``auto`` decides by the number of tokens.
     """
 
     patches_at_once: int | None = None
     precision: str = "full"
+    coarse: str = "auto"
 
     def __post_init__(self) -> None:
         most = self.patches_at_once
         _require(most is None or most > 0, "execution.patches_at_once", most, "a positive number of patches")
         _one_of(self.precision, ("full", "bfloat16"), "execution.precision")
+        _one_of(self.coarse, ("auto", "replicated", "sharded"), "execution.coarse")
 
 
 @dataclass(frozen=True)

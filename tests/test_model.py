@@ -12,7 +12,16 @@ from ddpatch.model.coarse import GeometricAttention, token_places
 from ddpatch.model.layers import refine
 from ddpatch.model.patches import cut, join, within
 from ddpatch.model.stencil import StencilConvolution
-from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, interpolation, splines, to_canvas, weighting
+from ddpatch.model.tokens import (
+    Prolongation,
+    Restriction,
+    check_tokens,
+    from_canvas,
+    interpolation,
+    splines,
+    to_canvas,
+    weighting,
+)
 from ddpatch.model.two_level import TwoLevelModel
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
@@ -178,9 +187,8 @@ def test_tokens_are_where_their_places_say() -> None:
     decomposition = Decomposition((4, 6), (2, 2))
     where = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij"))[None] + 0.5
     tokens = cut(where, decomposition).flatten(3).transpose(2, 3)
-    torch.testing.assert_close(
-        to_canvas(tokens, patch_grid, q).flatten(1, 2)[0].double(), token_places([n * q for n in patch_grid])
-    )
+    torch.testing.assert_close(to_canvas(tokens, patch_grid, q)[0].double(), token_places([n * q for n in patch_grid]))
+    torch.testing.assert_close(from_canvas(to_canvas(tokens, patch_grid, q), patch_grid, q), tokens)
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,19 @@ in units of the token spacing:
 The second term is -(y - x - c)² / 2ℓ² for displacements that are small against the length L_a of the axis, and closes on itself
 on periodic axes (a wall doubles L_a, so that the two ends do not meet). It depends on physical displacements only, so that a
 trained network runs on other numbers of patches; and it is an inner product, so that any attention kernel evaluates it without
-a table of pairs. Attention heads with a learned centre and range contain convolutions: Cordonnier, Loukas, Jaggi, ICLR 2020.
+a table of pairs.
+
+Every rank transforms all tokens, or its own only, with the keys and values of all gathered in every block: T²/R in place of T²
+pairs of tokens on R ranks, for as many gathers as there are blocks. Attention heads with a learned centre and range contain
+convolutions: Cordonnier, Loukas, Jaggi, ICLR 2020.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +29,22 @@ from torch import Tensor, nn
 
 from ddpatch.model.layers import CONV, Gain, PointNorm
 from ddpatch.model.tokens import frame
+
+
+class Audience(NamedTuple):
+    """Which tokens attend to which.
+
+    Attributes:
+        places: Coordinates of those that are transformed here, in token spacings, with shape ``[token, axis]``.
+        all_places: Of all tokens.
+        lengths: Length of each axis before it closes, in token spacings, with shape ``[axis]``.
+        gather: ``[sample, token here, feature]`` to ``[sample, token, feature]``, in the order of ``all_places``. Collective.
+    """
+
+    places: Tensor
+    all_places: Tensor
+    lengths: Tensor
+    gather: Callable[[Tensor], Tensor]
 
 
 class GeometricAttention(nn.Module):
@@ -50,33 +71,34 @@ class GeometricAttention(nn.Module):
         nn.init.zeros_(self.range_of_noise.weight)
         nn.init.zeros_(self.range_of_noise.bias)
 
-    def forward(self, x: Tensor, normed: Tensor, embedding: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
-        """Attend.
+    def forward(self, x: Tensor, normed: Tensor, embedding: Tensor, audience: Audience) -> Tensor:
+        """Attend. Collective where the audience's gather is.
 
         Arguments:
             x: Tokens, with shape ``[sample, token, width]``: the values are linear in them.
             normed: The normalised tokens, of the same shape: what queries and keys are made of.
             embedding: Shape ``[sample, embedding]``.
-            places: Token coordinates in token spacings, with shape ``[token, axis]``.
-            lengths: Length of each axis before it closes, in token spacings, with shape ``[axis]``.
+            audience: Of the tokens.
         """
-        q, k = rearrange(self.qk(normed), "b n (two h c) -> two b h n c", two=2, h=self.heads)
-        v = rearrange(self.v(x), "b n (h c) -> b h n c", h=self.heads)
+        q, k = self.qk(normed).chunk(2, dim=-1)
+        everywhere = audience.gather(torch.cat([k, self.v(x)], dim=-1))
+        q = rearrange(q, "b n (h c) -> b h n c", h=self.heads)
+        k, v = rearrange(everywhere, "b n (two h c) -> two b h n c", two=2, h=self.heads)
         scale = self.sharpness.exp()[:, None, None] * math.sqrt(q.shape[-1])
-        where_q, where_k = self._windows(embedding, places, lengths)
+        where_q, where_k = self._windows(embedding, audience)
         q = torch.cat([F.normalize(q, dim=-1) * scale, where_q], dim=-1)
         k = torch.cat([F.normalize(k, dim=-1), where_k.expand(*k.shape[:2], -1, -1)], dim=-1)
         padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
         y = F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]
         return self.out(rearrange(y, "b h n c -> b n (h c)"))
 
-    def _windows(self, embedding: Tensor, places: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _windows(self, embedding: Tensor, audience: Audience) -> tuple[Tensor, Tensor]:
         """The geometric parts of queries and keys, with shapes ``[sample, head, token, 2 axis]`` and ``[1, head, ...]``."""
         reach = (self.log_range + self.range_of_noise(embedding)).exp()
-        stiffness = (lengths / (2 * math.pi * reach[..., None])).square()
-        turn = 2 * math.pi / lengths
-        angles_q = (places[None] + self.centre[:, None]) * turn
-        angles_k = places[None] * turn
+        stiffness = (audience.lengths / (2 * math.pi * reach[..., None])).square()
+        turn = 2 * math.pi / audience.lengths
+        angles_q = (audience.places[None] + self.centre[:, None]) * turn
+        angles_k = audience.all_places[None] * turn
         where_q = torch.cat([angles_q.cos(), angles_q.sin()], dim=-1) * torch.cat([stiffness, stiffness], dim=-1)[:, :, None]
         return where_q, torch.cat([angles_k.cos(), angles_k.sin()], dim=-1)[None]
 
@@ -93,10 +115,10 @@ class CoarseBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x: Tensor, embedding: Tensor, places: Tensor, lengths: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, audience: Audience) -> Tensor:
         """Map tokens ``[sample, token, width]`` to the same shape."""
         scale1, shift1, scale2, shift2 = self.modulation(embedding)[:, None].chunk(4, dim=-1)
-        x = x + self.attention(x, self.norm1(x) * (1 + scale1) + shift1, embedding, places, lengths)
+        x = x + self.attention(x, self.norm1(x) * (1 + scale1) + shift1, embedding, audience)
         return x + self.perceptron(self.norm2(x) * (1 + scale2) + shift2)
 
 
@@ -117,23 +139,21 @@ class CoarseTransformer(nn.Module):
         self.blocks = nn.ModuleList(CoarseBlock(ndim, width, heads, embedding) for _ in range(layers))
         self.gain = Gain(width, embedding)
 
-    def forward(self, canvas: Tensor, embedding: Tensor, periodic: Sequence[bool]) -> Tensor:
-        """Couple all tokens.
+    def forward(self, tokens: Tensor, embedding: Tensor, audience: Audience) -> Tensor:
+        """Couple tokens with all tokens. Collective where the audience's gather is.
 
         Arguments:
-            canvas: Tokens in place, with shape ``[sample, *token_grid, inputs]``.
+            tokens: Those that are transformed here, with shape ``[sample, token, inputs]``.
             embedding: Shape ``[sample, embedding]``.
-            periodic: Per axis.
+            audience: Where they are, and where all others.
 
         Returns:
-            Shape ``[sample, *token_grid, width]``.
+            Shape ``[sample, token, width]``.
         """
-        grid, x = canvas.shape[1:-1], self.enter(canvas.flatten(1, -2))
-        places = token_places(grid).to(x)
-        closes = places.new_tensor([n * (1.0 if wraps else 2.0) for n, wraps in zip(grid, periodic, strict=True)])
+        x = self.enter(tokens)
         for block in self.blocks:
-            x = block(x, embedding, places, closes)
-        return self.gain(x.transpose(1, 2), embedding).transpose(1, 2).unflatten(1, grid)
+            x = block(x, embedding, audience)
+        return self.gain(x.transpose(1, 2), embedding).transpose(1, 2)
 
 
 class ConvolutionalCommunicator(nn.Module):
@@ -163,6 +183,11 @@ class ConvolutionalCommunicator(nn.Module):
 
 
 def token_places(token_grid: Sequence[int]) -> Tensor:
-    """Coordinates of the token centres in token spacings, in the order of the canvas, with shape ``[token, axis]``."""
+    """Coordinates of the token centres in token spacings, with shape ``[*token_grid, axis]``."""
     axes = [torch.arange(n, dtype=torch.float64) + 0.5 for n in token_grid]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
+
+
+def closing_lengths(token_grid: Sequence[int], periodic: Sequence[bool]) -> Tensor:
+    """Length of each axis before it closes, in token spacings, with shape ``[axis]``: a wall doubles it."""
+    return torch.tensor([n * (1.0 if wraps else 2.0) for n, wraps in zip(token_grid, periodic, strict=True)])

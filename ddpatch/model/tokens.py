@@ -188,6 +188,13 @@ def to_canvas(tokens: Tensor, patch_grid: Sequence[int], q: int) -> Tensor:
     return rearrange(tokens, "b (z y x) (k j i) c -> b (z k) (y j) (x i) c", z=z, y=y, x=x, k=q, j=q, i=q)
 
 
+def from_canvas(canvas: Tensor, patch_grid: Sequence[int], q: int) -> Tensor:
+    """The inverse of :func:`to_canvas`."""
+    if len(patch_grid) == 2:
+        return rearrange(canvas, "b (y j) (x i) c -> b (y x) (j i) c", j=q, i=q)
+    return rearrange(canvas, "b (z k) (y j) (x i) c -> b (z y x) (k j i) c", k=q, j=q, i=q)
+
+
 def own_boxes(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int], q: Sequence[int], ring: int = 0) -> Tensor:
     """The tokens of some patches, and ``ring`` more at the end of every axis.
 

@@ -12,13 +12,25 @@ from torch import Tensor, nn
 
 from ddpatch.config import ExecutionConfig, ModelConfig
 from ddpatch.decomposition import Decomposition
-from ddpatch.model.coarse import CoarseTransformer, ConvolutionalCommunicator
+from ddpatch.model.coarse import Audience, CoarseTransformer, ConvolutionalCommunicator, closing_lengths, token_places
 from ddpatch.model.groups import group_by_group
 from ddpatch.model.layers import CHANNELS_LAST, NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
-from ddpatch.model.tokens import Prolongation, Restriction, check_tokens, mean_scale, own_boxes, splines, to_canvas, weighting
+from ddpatch.model.tokens import (
+    Prolongation,
+    Restriction,
+    check_tokens,
+    from_canvas,
+    mean_scale,
+    own_boxes,
+    splines,
+    to_canvas,
+    weighting,
+)
 from ddpatch.model.unet import Decoder, Encoder
 from ddpatch.model.wiener import LinearPart
+
+SHARDED_FROM = 16384  # tokens
 
 
 class Coupling(Protocol):
@@ -166,8 +178,8 @@ class TwoLevelModel(nn.Module):
         if self.config.paths.coarse:
             check_tokens(grid.patch_shape, self.config.tokens, len(self.config.channels))
             own = group_by_group(restrict, groups, [*self.encoder.parameters(), *self.restriction.parameters()])
-            canvas = to_canvas(coupling.gather(own), grid.patch_grid, self.config.tokens)
-            tokens, fine, linear = self._couple(canvas, sigma, embedding, grid)
+            coupled, means = self._transform(own, embedding, coupling, self._shards(execution, grid))
+            tokens, fine, linear = self._couple(coupled, means, sigma)
             groups = [group._replace(tokens=tokens, fine=fine, linear=linear) for group in groups]
         return group_by_group(decode, groups, self.parameters())
 
@@ -180,22 +192,64 @@ class TwoLevelModel(nn.Module):
         """The tokens of a group, with shape ``[sample, patch, q^d, feature]``."""
         return self.restriction(features.latent.to(group.windows), group.windows, group.sigma, self.config.reach, self.overlap)
 
-    def _couple(
-        self, canvas: Tensor, sigma: Tensor, embedding: Tensor, grid: Decomposition
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Transform the tokens of all patches in place, with shape ``[sample, *token_grid, feature]``.
+    def _shards(self, execution: ExecutionConfig | None, grid: Decomposition) -> bool:
+        """Whether every rank transforms the tokens of its own patches only: by their number, whatever that of ranks is."""
+        wanted, tokens = (execution or ExecutionConfig()).coarse, grid.num_patches * self.config.tokens**grid.ndim
+        return self.config.paths.coarse == "transformer" and (
+            wanted == "sharded" or (wanted == "auto" and tokens >= SHARDED_FROM)
+        )
+
+    def _transform(self, own: Tensor, embedding: Tensor, coupling: Coupling, sharded: bool) -> tuple[Tensor, Tensor]:
+        """Transform the tokens of all patches. Collective.
+
+        Arguments:
+            own: Tokens of the own patches, with shape ``[sample, local patch, q^d, feature]``.
+            embedding: Shape ``[sample, embedding]``.
+            coupling: How to reach other patches.
+            sharded: Whether that is done for the own tokens only, before the gather.
+
+        Returns:
+            Coupled tokens in place, and the means among the tokens: shapes ``[sample, *token_grid, width]``, ``[..., channel]``.
+        """
+        grid, q = coupling.decomposition, self.config.tokens
+        tokens, patches = (own, list(coupling.patches)) if sharded else (coupling.gather(own), list(range(grid.num_patches)))
+        places = from_canvas(self._token_features(grid)[None].to(own), grid.patch_grid, q)[:, patches]
+        inputs = torch.cat([tokens, places.expand(len(own), -1, -1, -1)], dim=-1)
+        if isinstance(self.coarse, CoarseTransformer):
+            audience = self._audience(coupling, patches, own, sharded)
+            coupled = self.coarse(inputs.flatten(1, 2), embedding, audience).unflatten(1, inputs.shape[1:3])
+        else:
+            canvas = self.coarse(to_canvas(inputs, grid.patch_grid, q), embedding, self.periodic)
+            coupled = from_canvas(canvas, grid.patch_grid, q)
+        known = torch.cat([coupled, tokens[..., tokens.shape[-1] - self.restriction.means * self.channels :]], dim=-1)
+        found = to_canvas(coupling.gather(known) if sharded else known, grid.patch_grid, q)
+        return found[..., : coupled.shape[-1]], found[..., coupled.shape[-1] :]
+
+    def _audience(self, coupling: Coupling, patches: list[int], like: Tensor, sharded: bool) -> Audience:
+        """Which tokens attend to which, in the order of patches."""
+        grid, q = coupling.decomposition, self.config.tokens
+        token_grid = [n * q for n in grid.patch_grid]
+        places = from_canvas(token_places(token_grid)[None].to(like), grid.patch_grid, q)[0]
+
+        def gather(rows: Tensor) -> Tensor:
+            return coupling.gather(rows.unflatten(1, (len(patches), -1))).flatten(1, 2) if sharded else rows
+
+        return Audience(
+            places[patches].flatten(0, 1), places.flatten(0, 1), closing_lengths(token_grid, self.periodic).to(like), gather
+        )
+
+    def _couple(self, coupled: Tensor, means: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What the coarse level tells all patches, from coupled tokens and means in place (:meth:`_transform`).
 
         Returns:
             Coupled tokens, and coefficients of splines for the finest decoder stage and of the coarse part of L u, if there are
             any: shapes ``[sample, *token_grid, width]``, ``[..., channels[0]]`` and ``[..., channel]``.
         """
-        places = self._token_features(grid).to(canvas).expand(*canvas.shape[:-1], -1)
-        coupled = self.coarse(torch.cat([canvas, places], dim=-1), embedding, self.periodic)
         linear = None
         if self.linear is not None and self.linear.cell is not None:
             kernels = [weighting(m, overlap) for m, overlap in zip(self.linear.cell, self.overlap, strict=True)]
-            scale = mean_scale(sigma, kernels).view(-1, *(1,) * (canvas.ndim - 1))
-            linear = self.linear.coarse(canvas[..., -self.channels :] / scale, sigma)
+            scale = mean_scale(sigma, kernels).view(-1, *(1,) * (means.ndim - 1))
+            linear = self.linear.coarse(means / scale, sigma)
         return coupled, self.prolongation.fine(coupled), linear
 
     def _decode(self, group: Group, features: Features) -> Tensor:
