@@ -28,7 +28,8 @@ from torch import Tensor
 from ddpatch.config import ModelConfig
 from ddpatch.couplings import COUPLINGS
 from ddpatch.decomposition import Decomposition
-from ddpatch.model.two_level import Coupling, OwnPatch, TwoLevelModel, count_parameters
+from ddpatch.model.coupling import Coupling, OwnPatch
+from ddpatch.model.two_level import TwoLevelModel, count_parameters
 from ddpatch.optimiser import Muon
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator

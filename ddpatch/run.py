@@ -21,9 +21,10 @@ from ddpatch.diffusion.denoiser import Denoiser
 from ddpatch.diffusion.schedule import Schedule, sigma_range
 from ddpatch.diffusion.weighting import RelativeError, edm
 from ddpatch.errors import UserError
+from ddpatch.model.coupling import Coupling, OwnPatch
 from ddpatch.model.groups import group_by_group
 from ddpatch.model.tokens import check_tokens
-from ddpatch.model.two_level import Coupling, OwnPatch, TwoLevelModel
+from ddpatch.model.two_level import TwoLevelModel
 from ddpatch.model.wiener import LinearPart
 from ddpatch.optimiser import Muon
 from ddpatch.parallel.comm import Communicator

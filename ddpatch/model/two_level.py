@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpatch.config import ExecutionConfig, ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.model.coarse import Audience, CoarseTransformer, ConvolutionalCommunicator, closing_lengths, token_places
+from ddpatch.model.coupling import Coupling
 from ddpatch.model.groups import group_by_group
 from ddpatch.model.layers import CHANNELS_LAST, NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
@@ -31,46 +31,6 @@ from ddpatch.model.unet import Decoder, Encoder
 from ddpatch.model.wiener import LinearPart
 
 SHARDED_FROM = 16384  # tokens
-
-
-class Coupling(Protocol):
-    """What the network is given to reach other patches. See :class:`ddpatch.parallel.collectives.Exchange`."""
-
-    @property
-    def decomposition(self) -> Decomposition:
-        """The grid and its patches."""
-
-    @property
-    def patches(self) -> Sequence[int]:
-        """Global numbers of the own patches."""
-
-    def gather(self, tokens: Tensor) -> Tensor:
-        """``[sample, local patch, ...]`` to ``[sample, patch, ...]``. Collective."""
-
-    def halo(self, patches: Tensor) -> Tensor:
-        """``[sample, local patch, channel, *patch_shape]`` to windows of ``patch_shape + 2 δ``. Collective."""
-
-
-class OwnPatch:
-    """The coupling of a patch that is a field of its own: nobody to gather from, and nothing beyond the patch.
-
-    Arguments:
-        patch_shape: Points of the patch.
-        halo: Width δ of the windows.
-    """
-
-    def __init__(self, patch_shape: Sequence[int], halo: int) -> None:
-        shape = tuple(patch_shape)
-        self.decomposition, self.patches = Decomposition(shape, shape, 1, (False,) * len(shape)), [0]
-        self._pad = [halo] * 2 * len(shape)
-
-    def gather(self, tokens: Tensor) -> Tensor:
-        """The tokens themselves."""
-        return tokens
-
-    def halo(self, patches: Tensor) -> Tensor:
-        """Patches framed with zeros."""
-        return F.pad(patches, self._pad)
 
 
 class Group(NamedTuple):

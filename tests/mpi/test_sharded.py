@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from gradients import GRIDS, PATCHED, assert_same, configured, gradients
+from networks import GRIDS, PATCHED, assert_same, configured, gradients
 
 from ddpatch.config import Config
 from ddpatch.couplings import COUPLINGS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradients import GRIDS, PATCHED, assert_same, configured, gradients
+from networks import GRIDS, PATCHED, assert_same, configured, gradients
 from problems import small_config, write_fields
 
 from ddpatch.config import ExecutionConfig
