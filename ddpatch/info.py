@@ -10,6 +10,7 @@ import h5py
 import torch
 
 from ddpatch import __version__
+from ddpatch.execution import computes_bfloat16
 from ddpatch.parallel.comm import Communicator, mpi_library
 
 PACKAGES = ("torch", "mpi4py", "numpy", "h5py", "einops", "pyyaml", "matplotlib", "tensorboard")
@@ -17,7 +18,8 @@ PACKAGES = ("torch", "mpi4py", "numpy", "h5py", "einops", "pyyaml", "matplotlib"
 
 def describe(comm: Communicator) -> str:
     """Versions, MPI library, parallel HDF5, devices and ranks, a line each. Collective."""
-    places = comm.gather((platform.node(), str(comm.place("auto")), torch.get_num_threads()))
+    device = comm.place("auto")
+    places = comm.gather((platform.node(), str(device), torch.get_num_threads()))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     lines = {
         "ddpatch": __version__,
@@ -28,6 +30,7 @@ def describe(comm: Communicator) -> str:
         "parallel HDF5": "yes" if h5py.get_config().mpi else "no (samples of several ranks become a virtual data set)",
         "cores": str(len(os.sched_getaffinity(0))),
         "GPUs": ", ".join(gpus) or "none",
+        "bfloat16": "yes" if computes_bfloat16(device) else "no (execution.precision has to be full)",
         "ranks": str(comm.size),
         **{f"rank {rank}": f"{node}, {device}, {threads} threads" for rank, (node, device, threads) in enumerate(places)},
     }
