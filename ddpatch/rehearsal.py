@@ -42,12 +42,13 @@ class Cost:
     Attributes:
         patches: Of the rank.
         peaks, flops: Of its :class:`~ddpatch.ledger.Ledger`.
-        sent: Bytes by kind of communication.
+        calls, sent: Number and bytes by kind of communication.
     """
 
     patches: int
     peaks: Peaks
     flops: int
+    calls: Counter[str]
     sent: Counter[str]
 
     @property
@@ -174,10 +175,11 @@ def evaluate(training: Rehearsal) -> None:
 
 def spent(training: Rehearsal, ledger: Ledger, action: Callable[[], object]) -> Cost:
     """What an action costs."""
-    before = training.grid.bytes
+    calls, before = training.grid.calls, training.grid.bytes
     ledger.begin(training.kept())
     action()
-    return Cost(len(training.coupling.patches), ledger.peaks, ledger.flops, training.grid.bytes - before)
+    called, sent = training.grid.calls - calls, training.grid.bytes - before
+    return Cost(len(training.coupling.patches), ledger.peaks, ledger.flops, called, sent)
 
 
 def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:
@@ -190,7 +192,7 @@ def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:
         return Counter({key: at(a[key], b[key]) for key in a | b})
 
     peaks = {name: each(few.peaks[name], parts) for name, parts in more.peaks.items() if name in few.peaks}
-    return Cost(patches, peaks, at(few.flops, more.flops), each(few.sent, more.sent))
+    return Cost(patches, peaks, at(few.flops, more.flops), more.calls, each(few.sent, more.sent))
 
 
 def halo_bytes(config: Config, header: VolumeHeader, ranks: int, copies: int) -> int:

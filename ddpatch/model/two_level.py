@@ -30,7 +30,7 @@ from ddpatch.model.tokens import (
 from ddpatch.model.unet import Decoder, Encoder
 from ddpatch.model.wiener import LinearPart
 
-SHARDED_FROM = 16384  # tokens
+SHARDED_FROM = 4096  # tokens
 
 
 class Group(NamedTuple):
