@@ -24,17 +24,20 @@ SHARE = 0.3  # of a GPU's peak: an assumption, to be replaced with what runs on 
 
 
 class Gpu(NamedTuple):
-    """Published figures: bytes of memory, and operations per second in float32 and float64, without tensor cores."""
+    """Published figures: bytes of memory, and operations per second in float32 and float64, without tensor cores, and in bfloat16
+    with them.
+    """
 
     memory: float
     single: float
     double: float
+    bfloat16: float
 
 
 GPUS = {  # NVIDIA's data sheets of the A100 80GB, H100 and H200 for SXM
-    "a100": Gpu(80e9, 19.5e12, 9.7e12),
-    "h100": Gpu(80e9, 67e12, 34e12),
-    "h200": Gpu(141e9, 67e12, 34e12),
+    "a100": Gpu(80e9, 19.5e12, 9.7e12, 312e12),
+    "h100": Gpu(80e9, 67e12, 34e12, 989e12),
+    "h200": Gpu(141e9, 67e12, 34e12, 989e12),
 }
 
 
@@ -81,9 +84,9 @@ def find_device(name: str, config: Config, comm: Communicator, ranks_per_node: i
         threads = torch.get_num_threads()
         source = f"measured here on {threads} thread{'s' * (threads > 1)}"
         return Device(name, memory or own, probe(config), process_memory(config, comm), source)
-    gpu, double = GPUS[name], config.train.dtype == "float64"
-    rate = share * (gpu.double if double else gpu.single)
-    return Device(name, memory or gpu.memory, rate, 0, f"assumed, {share:.0%} of the published peak")
+    gpu, lower = GPUS[name], config.execution.precision == "bfloat16"
+    peak = gpu.bfloat16 if lower else gpu.double if config.train.dtype == "float64" else gpu.single
+    return Device(name, memory or gpu.memory, share * peak, 0, f"assumed, {share:.0%} of the published peak")
 
 
 def process_memory(config: Config, comm: Communicator) -> int:
@@ -107,8 +110,9 @@ def process_memory(config: Config, comm: Communicator) -> int:
 def probe(config: Config, times: int = 3) -> float:
     """Operations per second of this processor in the network's finest residual block on a patch, forward and backward."""
     width, embedding, patch = config.model.channels[0], 4 * config.model.channels[0], [min(n, 32) for n in config.domain.patch]
+    kind = torch.bfloat16 if config.execution.precision == "bfloat16" else dtype(config)
     block = ResidualBlock(len(patch), width, width, embedding).to(dtype(config))
-    x, noise = torch.randn(1, width, *patch, dtype=dtype(config)), torch.randn(1, embedding, dtype=dtype(config))
+    x, noise = torch.randn(1, width, *patch, dtype=kind), torch.randn(1, embedding, dtype=kind)
     with FlopCounterMode(display=False) as counter:
         block(x.requires_grad_(), noise).sum().backward()
     seconds = []

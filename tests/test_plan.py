@@ -14,7 +14,8 @@ from ddpatch.__main__ import main
 from ddpatch.config import Config
 from ddpatch.errors import UserError
 from ddpatch.io.volume import VolumeHeader
-from ddpatch.machine import Device
+from ddpatch.machine import Device, find_device
+from ddpatch.parallel.comm import Communicator
 from ddpatch.plan import PROCESS, Plan, advise, largest, make_plan, page, plan, read_header
 from ddpatch.rehearsal import rehearse
 
@@ -55,6 +56,13 @@ def test_groups_need_less_memory_and_compute_more() -> None:
     assert streamed.memory < whole.memory
     assert streamed.step_seconds > whole.step_seconds
     assert streamed.costs.step.sent == whole.costs.step.sent
+
+
+def test_bfloat16_needs_less_memory_and_less_time_on_a_gpu() -> None:
+    full, lower = config(), dataclasses.replace(config(), execution=dataclasses.replace(config().execution, precision="bfloat16"))
+    assert make_plan(lower, HEADER, 1, DEVICE).memory < planned(1).memory
+    rates = [find_device("h200", each, Communicator(), 1, None, 0.3).rate for each in (full, lower)]
+    assert rates[1] > 10 * rates[0]
 
 
 def test_many_groups_are_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +128,6 @@ def test_the_command_plans_without_data_and_without_ranks(tmp_path: Path, capsys
     ],
 )
 def test_a_mistake_is_one_line(changes: dict[str, object], words: str) -> None:
-    from ddpatch.parallel.comm import Communicator
-
     arguments = {"ranks": 1, "channels": 2, "device": "h200", **changes}
     with pytest.raises(UserError) as error:
         plan(config(), comm=Communicator(), say=lambda text: None, **arguments)  # type: ignore[arg-type]
