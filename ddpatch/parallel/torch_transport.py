@@ -87,6 +87,7 @@ class TorchTransport:
         self._moves.shutdown()
         self._sums.shutdown()
         self._mpi.Barrier()  # rank 0 keeps the store until nobody watches it
+        del self._moves, self._sums, self._store  # gloo's threads end with their group; those of one that nobody uses may spin
 
 
 def open_store(mpi: Any) -> Any:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,6 +155,24 @@ def test_a_part_of_the_ranks_has_the_same_transport(comm: Communicator) -> None:
     total = part.allreduce_(torch.tensor([1.0 + comm.rank], dtype=torch.float64))
     assert float(total) == sum(rank + 1 for rank in range(comm.size) if rank % 2 == comm.rank % 2)
     part.free()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_a_transport_that_is_closed_leaves_no_thread(comm: Communicator) -> None:
+    """A thread of gloo that outlives its group turns in circles when the other end is gone."""
+
+    def threads() -> int:
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    kept, counts = [], []
+    for _ in range(4):
+        part = comm.split(0)
+        connect(part, "torch").allreduce_(torch.ones(1))
+        part.free()
+        kept.append(part)  # as a cycle of references would
+        comm.barrier()
+        counts.append(threads())
+    assert counts[-1] == counts[0]
 
 
 @over_every_transport
