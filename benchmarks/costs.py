@@ -94,7 +94,7 @@ def cost_of(grid: Sequence[int], patch: int, ranks: int, coarse: str = "auto") -
         "data": {"path": "none"},
         "train": {"batch": 1},
         "parallel": {"device": "cpu"},
-        "execution": {"coarse": coarse, "patches_at_once": 1 if math.prod(grid) > ranks * 8 * patch**3 else None},
+        "execution": {"coarse": coarse},
     }
     return rehearse(build(tree, "benchmark"), VolumeHeader(1, ("u", "v", "w"), tuple(grid), (1.0,) * 3, (True,) * 3), ranks).step
 
