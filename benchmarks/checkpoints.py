@@ -29,7 +29,7 @@ from reports import RESULTS, command, listed, met, stem, table, write_rows
 from ddpatch.io.checkpoint import CheckpointWriter
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator, guard
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 INTERVAL, MOST = 60.0, 0.02  # seconds between checkpoints, and their share of the time
 FLAGS = "union"  # kind of communication

@@ -33,7 +33,7 @@ from ddpatch.model.two_level import TwoLevelModel, count_parameters
 from ddpatch.optimiser import Muon
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
-from ddpatch.train import learning_rate
+from ddpatch.training import learning_rate
 
 RESULTS = Path(__file__).parent / "results"
 SIDE, PATCHES, RADIUS, HALF_WIDTH = 32, 8, 4.0, 1.5

@@ -27,7 +27,7 @@ from reports import RESULTS, command, met, stem, table, write_rows
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator, guard
 from ddpatch.parallel.gradients import BUCKET_BYTES, GradientSum
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 OVERLAPPED, AFTERWARDS, NONE = "buckets, during the backward pass", "one bucket, after it", "no sum"
 

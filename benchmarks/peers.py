@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from ddpatch.config import build
 from ddpatch.diffusion.denoiser import Denoiser
-from ddpatch.execution import computes_bfloat16
+from ddpatch.execution import computes_bfloat16, keep_freed_memory
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.log import peak_memory
 from ddpatch.parallel.collectives import Exchange
@@ -119,6 +119,7 @@ def measure(contender: Contender, grid: int, steps: int) -> Row:
     """Medians of a training step and of an evaluation. Collective."""
     comm = Communicator()
     torch.set_num_threads(1)
+    keep_freed_memory(CPU, contender.at_once)
     torch.manual_seed(0)
     denoiser, network, shape = make(contender, grid, comm)
     optimiser, sums = torch.optim.Adam(network.parameters()), GradientSum(network.parameters(), comm)

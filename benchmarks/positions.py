@@ -29,7 +29,7 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, generator
 from ddpatch.run import measure_field, resolve
 from ddpatch.statistics.oracle import GaussianOracle, noise_level
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 RESULTS = Path(__file__).parent / "results"
 GRID, PATCH, TESTED = (32, 32), (8, 8), 64

@@ -17,7 +17,7 @@ from ddpatch.io.writers import open_writer
 from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, patch_noise
 from ddpatch.run import measure_field, resolve
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 CHANNELS = ("u", "v", "w")
 

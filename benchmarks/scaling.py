@@ -31,7 +31,7 @@ from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator, guard
 from ddpatch.sample import MovingTiling
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 POINTS = {"strong": 128, "weak": 96}  # per axis: of the grid, or of every rank's box
 Row = dict[str, Any]

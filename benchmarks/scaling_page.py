@@ -16,9 +16,10 @@ from timing import SPENT
 BAR = 0.95
 ABOUT = """\
 Seconds of the slowest rank, medians over the steps, then over the rounds; every column has its own slowest rank. coarse: the
-transformer over all tokens, which every rank repeats, as it does the optimiser. halo: exchange of halos, and of the moving
-tiling. gather: of tokens, and its adjoint. sums: of gradients, loss and flags, as far as the backward pass does not hide them.
-These three with waiting. I/O: reading the batch; for an evaluation its share of writing a sample. compute: what is left."""
+transformer over all tokens, which is sharded from 1024 tokens on, and repeated by every rank below, as the optimiser always is.
+halo: exchange of halos, and of the moving tiling. gather: of tokens, and its adjoint. sums: of gradients, loss and flags, as
+far as the backward pass does not hide them. These three with waiting. I/O: reading the batch; for an evaluation its share of
+writing a sample. compute: what is left."""
 
 Row = dict[str, Any]
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.model.layers import CHANNELS_LAST, NoiseEmbedding
+from ddpatch.model.convolution import CHANNELS_LAST
+from ddpatch.model.layers import NoiseEmbedding
 from ddpatch.parallel.comm import Communicator
 
 GROUPS = 8

@@ -27,7 +27,7 @@ from reports import command, listed, met, stem, table, write_rows
 
 from ddpatch.config import Config, build
 from ddpatch.diffusion.denoiser import detached_sum
-from ddpatch.execution import computes_bfloat16
+from ddpatch.execution import computes_bfloat16, keep_freed_memory
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.log import peak_memory
 from ddpatch.model.two_level import count_parameters
@@ -84,6 +84,7 @@ def measure(run: Run, grid: int, steps: int) -> Row:
     """Median seconds of a training step on this communicator's ranks. Collective."""
     comm, config = Communicator(), run.config(grid)
     torch.set_num_threads(1)
+    keep_freed_memory(CPU, run.at_once)
     header = VolumeHeader(1, ("u", "v", "w"), (grid,) * 3, (1.0,) * 3, (True,) * 3)
     field, exchange = white_field(config, header), Exchange(decompose(config, comm.size), comm, config.model.reach)
     network = make_model(config, field)

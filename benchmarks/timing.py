@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 KINDS = {"halo": ("halo", "roll"), "gather": ("allgather", "reduce_scatter"), "sums": ("allreduce", "union")}
 SPENT = ("compute", "coarse", *KINDS, "io")

@@ -76,6 +76,7 @@ def calibrate(
         "checkpoint": sampler.checkpoint,
         "solver": solver,
         "steps": steps,
+        "lagged": settings.lagged,
         "noise_scale": scale,
         "energy": first,
     }

@@ -159,12 +159,14 @@ class SampleConfig:
     """How samples are drawn: ``solver`` is ``heun`` or ``dpm++2m``, ``steps`` the number of solver steps. ``shift`` lets the
     patches tile the grid from another origin in every evaluation, along periodic axes, where the training did so too. The
     predicted noise is divided by ``noise_scale``, more so towards the end (:class:`ddpatch.diffusion.solvers.Solver`); ``null``
-    takes what ``ddpatch calibrate`` found for the checkpoint, or 1.
+    takes what ``ddpatch calibrate`` found for the checkpoint, or 1. ``lagged`` lets the coarse level speak of the evaluation
+    before, so that the gather of tokens goes on while patches are decoded and encoded; the tiling stays where it is then.
     """
 
     solver: str = "dpm++2m"
     steps: int = 20
     shift: bool = True
+    lagged: bool = False
     noise_scale: float | None = None
 
     def __post_init__(self) -> None:
@@ -207,19 +209,22 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class ExecutionConfig:
     """What decides about memory and time, and about results within rounding: ``patches_at_once`` is the number of patches, of
-    every sample on a rank, whose features are in memory together; ``null`` all of them (:mod:`ddpatch.model.groups`).
+    every sample on a rank, whose features are in memory together; ``null`` all of them (:mod:`ddpatch.model.groups`). ``tune``
+    lets a training choose it: all if they fit into memory, else the fastest of measured groups (:mod:`ddpatch.tuning`).
     ``precision`` of the features of the fine level is ``full``, that of ``train.dtype``, or ``bfloat16``; weights, fields, the
     coarse level and all sums are of ``train.dtype`` anyway. ``coarse`` is ``replicated``: every rank transforms the tokens of all
     patches; ``sharded``: those of its own, with keys and values gathered; ``auto`` decides by the number of tokens.
     """
 
     patches_at_once: int | None = None
+    tune: bool = False
     precision: str = "full"
     coarse: str = "auto"
 
     def __post_init__(self) -> None:
         most = self.patches_at_once
         _require(most is None or most > 0, "execution.patches_at_once", most, "a positive number of patches")
+        _require(most is None or not self.tune, "execution.patches_at_once", most, "null where execution.tune chooses it")
         _one_of(self.precision, ("full", "bfloat16"), "execution.precision")
         _one_of(self.coarse, ("auto", "replicated", "sharded"), "execution.coarse")
 

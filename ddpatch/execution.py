@@ -1,7 +1,8 @@
-"""Whether a configuration can be executed with these patches on this device."""
+"""How a configuration is executed: whether it can be with these patches on this device, and what becomes of freed memory."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from ddpatch.config import Config
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as x86 and ARM processors name it
 
 
@@ -48,3 +50,25 @@ def computes_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     described = Path("/proc/cpuinfo")
     return described.exists() and not BFLOAT16.isdisjoint(described.read_text().split())
+
+
+def keep_freed_memory(device: torch.device, at_once: int | None = None) -> None:
+    """Let the C library keep what is freed, since the next step needs it again: else every large array is mapped and zeroed
+    anew, a fifth to a quarter of a step on a processor.
+
+    Arguments:
+        device: This rank's.
+        at_once: Patches of a group. With groups memory is what matters: what is large then is whole fields, which go back.
+
+    Nothing happens where the environment says what the library is to do (``MALLOC_*``, ``GLIBC_TUNABLES``), with another library,
+    and on GPUs, whose memory torch keeps anyway.
+    """
+    if device.type == "cpu" and at_once is None and keeps_freed_memory():
+        ctypes.CDLL(None).mallopt(MMAP_MAX, 0)
+        ctypes.CDLL(None).mallopt(TRIM_THRESHOLD, -1)
+
+
+def keeps_freed_memory() -> bool:
+    """Whether :func:`keep_freed_memory` does anything on processors."""
+    told = any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ)
+    return hasattr(ctypes.CDLL(None), "mallopt") and not told

@@ -39,7 +39,7 @@ class Ledger(TorchDispatchMode):
 
     Attributes:
         peaks: Bytes by part when most are allocated, for every kind of operation: its name, the number of dims of what it
-            makes, and whether that is an array of all patches of the rank.
+            makes, whether that is an array of all patches of the rank, and whether the coarse level runs.
         flops: Floating point operations of convolutions and matrix products.
     """
 
@@ -76,7 +76,8 @@ class Ledger(TorchDispatchMode):
         for tensor in made:
             self._add(tensor)
         for tensor in made[:1]:
-            self._compare((func, tensor.ndim, tensor.ndim == self.axes + 3 and tensor.shape[1] == self.patches))
+            own = tensor.ndim == self.axes + 3 and tensor.shape[1] == self.patches
+            self._compare((func, tensor.ndim, own, self.coarse))
         return result
 
     def _add(self, tensor: Tensor) -> None:

@@ -16,7 +16,7 @@ from ddpatch.errors import UserError
 from ddpatch.io.volume import replace_when_complete
 
 if TYPE_CHECKING:
-    from ddpatch.train import Training
+    from ddpatch.training import Training
 
 Progress = Callable[[dict[str, Any]], None]
 

@@ -14,12 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddpatch.config import Config, build
 from ddpatch.errors import UserError, nearest
+from ddpatch.execution import keep_freed_memory, keeps_freed_memory
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.model.layers import ResidualBlock
 from ddpatch.parallel.comm import Communicator
 from ddpatch.rehearsal import Rehearsal
 from ddpatch.run import dtype
 
+SPARE = 0.5  # of a step's arrays, once more, is what the C library keeps of freed memory: fitted (benchmarks/plan.py)
 SHARE = 0.3  # of a GPU's peak: an assumption, to be replaced with what runs on it reach
 
 
@@ -50,6 +52,7 @@ class Device:
         memory: Bytes that a rank may use.
         rate: Floating point operations per second.
         process: Bytes of the interpreter and its libraries, where they count.
+        spare: Freed memory that is kept, as a share of the arrays of a step.
         source: Where the rate is from.
     """
 
@@ -57,6 +60,7 @@ class Device:
     memory: float
     rate: float
     process: int
+    spare: float
     source: str
 
 
@@ -80,13 +84,28 @@ def find_device(name: str, config: Config, comm: Communicator, ranks_per_node: i
         if value is not None and not (0 < value < math.inf):
             raise UserError(f"{option}: expected a positive number, got {value:g}")
     if name == "cpu":
+        keep_freed_memory(torch.device(name))
         own = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_per_node
         threads = torch.get_num_threads()
         source = f"measured here on {threads} thread{'s' * (threads > 1)}"
-        return Device(name, memory or own, probe(config), process_memory(config, comm), source)
+        return Device(name, memory or own, probe(config), process_memory(config, comm), spare_share(torch.device(name)), source)
     gpu, lower = GPUS[name], config.execution.precision == "bfloat16"
     peak = gpu.bfloat16 if lower else gpu.double if config.train.dtype == "float64" else gpu.single
-    return Device(name, memory or gpu.memory, share * peak, 0, f"assumed, {share:.0%} of the published peak")
+    return Device(name, memory or gpu.memory, share * peak, 0, 0.0, f"assumed, {share:.0%} of the published peak")
+
+
+def free_memory(device: torch.device, comm: Communicator) -> float:
+    """Bytes that this rank may still take: its share of what is free on its node, or on its GPU. Collective."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return free / comm.gather(os.uname().nodename).count(os.uname().nodename)
+
+
+def spare_share(device: torch.device) -> float:
+    """Freed memory that is kept, as a share of the arrays of a step."""
+    return SPARE * (device.type == "cpu" and keeps_freed_memory())
 
 
 def process_memory(config: Config, comm: Communicator) -> int:

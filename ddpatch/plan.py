@@ -25,8 +25,9 @@ from ddpatch.rehearsal import KEPT, Costs, rehearse, white_field
 from ddpatch.run import decompose, make_model, replicas, resolve
 
 PROCESS = "process"
-KEPT_FREE = "freed memory that the C library keeps: much with patches_at_once, little with MALLOC_MMAP_THRESHOLD_=131072"
-PARTS = (*KEPT, GRADIENTS, FIELDS, FEATURES, COARSE, STATE)
+SPARE = "freed, kept"
+ARRAYS = FIELDS, FEATURES, COARSE
+PARTS = (*KEPT, GRADIENTS, *ARRAYS, STATE)
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ class Plan:
     def parts(self) -> dict[str, int]:
         """Bytes by part when a training step needs most."""
         needed = self.costs.step.memory
-        return {PROCESS: self.device.process, **{part: needed[part] for part in PARTS}}
+        spare = round(self.device.spare * sum(needed[part] for part in ARRAYS))
+        return {PROCESS: self.device.process, **{part: needed[part] for part in PARTS}, SPARE: spare}
 
     @property
     def memory(self) -> int:
@@ -160,7 +162,6 @@ def page(plan: Plan) -> str:
         ("memory of a rank", "GiB, when a training step needs most"),
         *((f"  {part}", f"{size / 2**30:.3f}") for part, size in plan.parts.items()),
         ("  all", f"{plan.memory / 2**30:.3f} of {plan.device.memory / 2**30:.1f}"),
-        *([("  not in it", KEPT_FREE)] if plan.device.name == "cpu" else []),
         ("sent by a rank", "MB per training step"),
         *((f"  {name}", f"{sum(plan.costs.step.sent[kind] for kind in kinds) / 1e6:.3f}") for name, kinds in sent.items()),
         ("rate", f"{plan.device.rate / 1e9:.4g} GFLOP/s, {plan.device.source}"),

@@ -29,9 +29,10 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.imagined import META, ImaginedRanks
 from ddpatch.run import Field, decompose, dtype, replicas, stencil_reach
 from ddpatch.statistics.covariance import Moments
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 KEPT = WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
+SAME_MOMENT = 0.1  # of an operation's peak may shrink with more patches
 FEW_GROUPS = (2, 4)  # a rehearsal of more groups is extrapolated from these
 
 
@@ -183,7 +184,10 @@ def spent(training: Rehearsal, ledger: Ledger, action: Callable[[], object]) -> 
 
 
 def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:
-    """The cost with another number of patches: linear for every part of every operation that both have."""
+    """The cost with another number of patches: linear for every part of every operation that both have.
+
+    Where parts shrink with more patches, the two peaks of an operation are of different moments, and say nothing of any other.
+    """
 
     def at(a: float, b: float) -> int:
         return round(a + (b - a) * (patches - few.patches) / (more.patches - few.patches))
@@ -191,7 +195,9 @@ def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:
     def each(a: Counter[str], b: Counter[str]) -> Counter[str]:
         return Counter({key: at(a[key], b[key]) for key in a | b})
 
-    peaks = {name: each(few.peaks[name], parts) for name, parts in more.peaks.items() if name in few.peaks}
+    both = {name: (few.peaks[name], parts) for name, parts in more.peaks.items() if name in few.peaks}
+    same = {name: (a, b) for name, (a, b) in both.items() if (a - b).total() <= SAME_MOMENT * a.total()}
+    peaks = {name: each(*pair) for name, pair in (same or both).items()}
     return Cost(patches, peaks, at(few.flops, more.flops), more.calls, each(few.sent, more.sent))
 
 

@@ -21,10 +21,10 @@ from ddpatch.diffusion.denoiser import Denoiser
 from ddpatch.diffusion.schedule import Schedule, sigma_range
 from ddpatch.diffusion.weighting import RelativeError, edm
 from ddpatch.errors import UserError
-from ddpatch.model.coupling import Coupling, OwnPatch
+from ddpatch.model.coupling import Coupling, Lag, OwnPatch
 from ddpatch.model.groups import group_by_group
 from ddpatch.model.tokens import check_tokens
-from ddpatch.model.two_level import TwoLevelModel
+from ddpatch.model.two_level import Message, TwoLevelModel
 from ddpatch.model.wiener import LinearPart
 from ddpatch.optimiser import Muon
 from ddpatch.parallel.comm import Communicator
@@ -217,13 +217,15 @@ def make_optimiser(config: Config, model: TwoLevelModel) -> torch.optim.Optimize
     return Muon(model.named_parameters(), config.train.learning_rate, adam=("embed.", "decoder.out.", ".centre"))
 
 
-def make_denoiser(config: Config, field: Field, model: TwoLevelModel, coupling: Coupling) -> Denoiser:
+def make_denoiser(
+    config: Config, field: Field, model: TwoLevelModel, coupling: Coupling, lag: Lag[Message] | None = None
+) -> Denoiser:
     """The denoiser of coupled patches, with the configured weighting of its loss."""
     execution = config.execution
     all_of_group = dataclasses.replace(execution, patches_at_once=None)
 
     def coupled(x: Tensor, noise: Tensor) -> Tensor:
-        return model(x, noise, coupling, execution)
+        return model(x, noise, coupling, execution, lag)
 
     def alone(x: Tensor, noise: Tensor) -> Tensor:
         def evaluate(group: Tensor) -> Tensor:

@@ -15,12 +15,14 @@ from ddpatch import __version__
 from ddpatch.config import Config
 from ddpatch.diffusion.solvers import Denoise, make_solver
 from ddpatch.errors import Left, UserError
-from ddpatch.execution import check_groups, check_precision, fit_groups
+from ddpatch.execution import check_groups, check_precision, fit_groups, keep_freed_memory
 from ddpatch.io import checkpoint
 from ddpatch.io.seal import read_seal
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.io.writers import open_writer
 from ddpatch.io.xdmf import write_sidecar
+from ddpatch.model.coupling import Lag
+from ddpatch.model.two_level import Message
 from ddpatch.notice import Notice
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
@@ -83,6 +85,7 @@ class Sampler:
         parallel = self.config.parallel
         self.comm, self.device = comm, comm.place(parallel.device, parallel.share_device)
         comm.connect(parallel.transport, self.device)
+        keep_freed_memory(self.device, self.config.execution.patches_at_once)
         if grid is not None and len(grid) != len(self.config.domain.patch):
             raise UserError(f"--grid {' '.join(map(str, grid))}: the run has {len(self.config.domain.patch)} axes")
         if grid is not None and self.config.model.paths.whole and tuple(grid) != self.config.domain.patch:
@@ -97,7 +100,8 @@ class Sampler:
         self.coupling = Exchange(self.decomposition, comm, self.config.model.reach)
         self.model = make_model(self.config, self.field)
         checkpoint.restore_weights(self.model, state["ema"], path)
-        self.denoise = make_denoiser(self.config, self.field, self.model.to(self.device).eval(), self.coupling)
+        self.lag: Lag[Message] | None = Lag() if self.config.sample.lagged else None
+        self.denoise = make_denoiser(self.config, self.field, self.model.to(self.device).eval(), self.coupling, self.lag)
 
     @torch.no_grad()
     def draw(
@@ -132,18 +136,25 @@ class Sampler:
         for done, state in enumerate(make_solver(solver, denoise, noise_scale).trajectory(x, sigmas), start=1):
             x = state
             progress(done)
+        if self.lag is not None:
+            self.lag.end()
         return self.field.normalisation.restore(x)
 
     @property
     def movable(self) -> bool:
         """Whether patches may tile the grid from any origin: it closes on itself, the training drew its origin at random, and
-        patches are not told where they are.
+        patches are not told where they are, and what they are told is not of the evaluation before.
         """
-        return self.config.data.shift and self.config.model.positions == 0 and any(self.decomposition.periodic)
+        return (
+            not self.config.sample.lagged
+            and self.config.data.shift
+            and self.config.model.positions == 0
+            and any(self.decomposition.periodic)
+        )
 
     def noise_scale(self, solver: str, steps: int) -> float:
         """That of the configuration, or what calibration found for checkpoint, solver and number of steps, or 1. Collective."""
-        wanted = {"checkpoint": self.checkpoint, "solver": solver, "steps": steps}
+        wanted = {"checkpoint": self.checkpoint, "solver": solver, "steps": steps, "lagged": self.config.sample.lagged}
         found = self.comm.on_root(lambda: read_calibration(self.folder / CALIBRATION))
         calibrated = found["noise_scale"] if wanted.items() <= found.items() else 1.0
         return self.config.sample.noise_scale or calibrated
@@ -239,7 +250,7 @@ def read_calibration(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text())
-        return {**found, "noise_scale": float(found["noise_scale"])}
+        return {"lagged": False, **found, "noise_scale": float(found["noise_scale"])}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not what ddpatch calibrate writes; run it again, or remove the file") from None
 

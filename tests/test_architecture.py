@@ -17,7 +17,10 @@ FLOORS = [
         *("model", "diffusion", "optimiser"),
     ),
     ("parallel", "data", "io", "statistics", "ledger"),
-    ("execution", "run", "log", "train", "sample", "calibrate", "simulate", "evaluate", "info", "rehearsal", "machine", "plan"),
+    (
+        *("execution", "run", "log", "train", "sample", "calibrate", "simulate", "evaluate", "info", "plan"),
+        *("training", "rehearsal", "machine", "tuning"),
+    ),
     ("__main__",),
 ]
 

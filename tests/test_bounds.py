@@ -15,7 +15,7 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, generator
 from ddpatch.run import measure_field, resolve
 from ddpatch.statistics.oracle import GaussianOracle, noise_level
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 GRID, PATCH, STEPS = (32, 32), (8, 8), 300
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)

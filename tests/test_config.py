@@ -42,6 +42,10 @@ def test_overrides_and_round_trip(path: Path) -> None:
         ("parallel.transport=nccl", "parallel.transport: expected one of host, cuda-aware, torch, got 'nccl'"),
         ("parallel.share_device=2", "parallel.share_device: expected bool, got 2"),
         ("execution.patches_at_once=0", "execution.patches_at_once: expected a positive number of patches, got 0"),
+        (
+            "execution={tune: true, patches_at_once: 2}",
+            "execution.patches_at_once: expected null where execution.tune chooses it, got 2",
+        ),
         ("train=3", "expected section.key=value"),
         ("domain.patch=[", "not valid YAML"),
     ],

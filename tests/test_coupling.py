@@ -14,7 +14,7 @@ from ddpatch.io.volume import VolumeHeader, write_volume
 from ddpatch.model.patches import cut
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import measure_field, resolve
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 GRID, STEPS, SIGMA = (40, 8), 60, 5.0
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -13,12 +16,23 @@ from torch.profiler import ProfilerActivity, profile
 
 from ddpatch.data.gaussian import PowerLaw
 from ddpatch.diffusion.denoiser import Denoiser
+from ddpatch.execution import keeps_freed_memory
 from ddpatch.model.patches import cut
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import decompose, make_denoiser, make_model
 
 PATCH, WIDTH = (32, 32), 32
+FAULTS = """
+import resource, torch
+from ddpatch.execution import keep_freed_memory
+keep_freed_memory(torch.device("cpu"))
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
 FIELD = 32 * 32 * 4  # bytes of a patch, in single precision
 MAP = WIDTH * FIELD  # bytes of its features at the finest level
 
@@ -66,3 +80,14 @@ def evaluation(patches: int, at_once: int | None) -> int:
 def test_a_patch_more_costs_a_few_copies_of_its_field_and_no_features(work: Callable[[int, int | None], int]) -> None:
     assert work(32, 1) - work(4, 1) < 28 * 6 * FIELD
     assert work(4, None) - work(2, None) > 2 * 3 * MAP  # the measure sees what all patches at once cost
+
+
+@pytest.mark.skipif(not keeps_freed_memory(), reason="not glibc, or told by the environment")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
+    def faults(**environment: str) -> int:
+        line = [sys.executable, "-c", FAULTS]
+        done = subprocess.run(line, env={**os.environ, **environment}, capture_output=True, text=True, check=True, timeout=120)
+        return int(done.stdout)
+
+    assert faults() < 100
+    assert faults(MALLOC_MMAP_THRESHOLD_="131072") > 100

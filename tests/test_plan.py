@@ -19,7 +19,7 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.plan import PROCESS, Plan, advise, largest, make_plan, page, plan, read_header
 from ddpatch.rehearsal import rehearse
 
-DEVICE = Device("cpu", 1e12, 1e9, 10**8, "given")
+DEVICE = Device("cpu", 1e12, 1e9, 10**8, 0.5, "given")
 HEADER = VolumeHeader(1, ("u", "v"), (32, 24), (1.0, 1.0), (True, True))
 
 
@@ -73,6 +73,18 @@ def test_many_groups_are_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
         assert a.memory.total() == pytest.approx(b.memory.total(), rel=5e-2)
         assert a.flops == b.flops
         assert +a.sent == +b.sent
+
+
+def test_extrapolation_does_not_mix_what_different_moments_need() -> None:
+    """Tokens are most of the memory here, in some operations and for some numbers of patches."""
+    domain: dict[str, object] = {"patch": [8, 8], "grid": [64, 64], "periodic": [True, True]}
+    header = VolumeHeader(1, ("u", "v"), (64, 64), (1.0, 1.0), (True, True))
+    for coarse in ("replicated", "sharded"):
+        made = small_config(
+            Path("none"), "float32", domain=domain, model={"wiener": False}, execution={"patches_at_once": 2, "coarse": coarse}
+        )
+        found, exact = rehearse(made, header, 2).step, rehearsal.rehearse_all(made, header, 2, 1).step
+        assert found.memory.total() == pytest.approx(exact.memory.total(), rel=0.1)
 
 
 def test_advice_fits_when_it_is_followed() -> None:

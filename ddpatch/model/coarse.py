@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ddpatch.model.layers import CONV, Gain, PointNorm
+from ddpatch.model.convolution import CONV
+from ddpatch.model.layers import Gain, PointNorm
 from ddpatch.model.tokens import frame
 
 

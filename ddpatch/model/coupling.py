@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from ddpatch.decomposition import Decomposition
+
+Message = TypeVar("Message")
 
 
 class Coupling(Protocol):
@@ -25,8 +27,11 @@ class Coupling(Protocol):
     def gather(self, tokens: Tensor) -> Tensor:
         """``[sample, local patch, ...]`` to ``[sample, patch, ...]``. Collective."""
 
-    def halo(self, patches: Tensor) -> Tensor:
-        """``[sample, local patch, channel, *patch_shape]`` to windows of ``patch_shape + 2 δ``. Collective."""
+    def start_gather(self, tokens: Tensor) -> Callable[[], Tensor]:
+        """What waits for a gather that begins. Collective."""
+
+    def start_halo(self, patches: Tensor) -> Callable[[], Tensor]:
+        """What waits for windows of ``patch_shape + 2 δ``, from ``[sample, local patch, channel, *patch_shape]``. Collective."""
 
 
 class OwnPatch:
@@ -46,6 +51,37 @@ class OwnPatch:
         """The tokens themselves."""
         return tokens
 
-    def halo(self, patches: Tensor) -> Tensor:
+    def start_gather(self, tokens: Tensor) -> Callable[[], Tensor]:
+        """They are there."""
+        return lambda: tokens
+
+    def start_halo(self, patches: Tensor) -> Callable[[], Tensor]:
         """Patches framed with zeros."""
-        return F.pad(patches, self._pad)
+        return lambda: F.pad(patches, self._pad)
+
+
+class Lag(Generic[Message]):
+    """Lets the coarse level speak of the evaluation before: the tokens of one are on their way until the next needs them.
+
+    The first evaluation speaks of itself. The one after the last is never made: :meth:`end` takes its place.
+    """
+
+    def __init__(self) -> None:
+        self._next: Callable[[], Message] | None = None
+
+    def __call__(self, wait: Callable[[], Tensor], couple: Callable[[Tensor], Message]) -> Message:
+        """The message of the evaluation before, from what waits for the tokens of this one, and what makes a message of them.
+        Collective.
+        """
+        if self._next is None:
+            message = couple(wait())
+            self._next = lambda: message
+        else:
+            message, self._next = self._next(), lambda: couple(wait())
+        return message
+
+    def end(self) -> None:
+        """Receive what is still on its way. Collective."""
+        if self._next is not None:
+            self._next()
+            self._next = None

@@ -1,4 +1,4 @@
-"""Layers that need no neighbour: convolutions within a patch, and a norm without any reduction over points.
+"""Layers that need no neighbour: residual blocks within a patch, and a norm without any reduction over points.
 
 Weights are kept in the type that they are trained in, and used in the type of the features that they meet.
 """
@@ -12,21 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Conv2d(nn.Conv2d):
-    """A convolution in the type of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, inputs, *points]`` to ``[batch, outputs, *points]``."""
-        return self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-
-
-class Conv3d(nn.Conv3d):
-    """A convolution in the type of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[batch, inputs, *points]`` to ``[batch, outputs, *points]``."""
-        return self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+from ddpatch.model.convolution import CHANNELS_LAST, CONV
 
 
 class Linear(nn.Linear):
@@ -35,10 +21,6 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., inputs]`` to ``[..., outputs]``."""
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-
-
-CONV: dict[int, type[Conv2d] | type[Conv3d]] = {2: Conv2d, 3: Conv3d}
-CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
 
 
 class PointNorm(nn.Module):

@@ -13,8 +13,9 @@ whichever basis V is found where a λ is repeated, so that round-off in C does n
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ddpatch.model.convolution import convolve
 
 
 class StencilConvolution(nn.Module):
@@ -59,6 +60,5 @@ class StencilConvolution(nn.Module):
         Returns:
             Shape ``[sample * patch, outputs, *(points - 2)]``.
         """
-        convolve = F.conv2d if len(self.shape) == 3 else F.conv3d
         kernels = self.kernels(sigma)
         return torch.cat([convolve(x, kernel, self.bias) for x, kernel in zip(windows, kernels, strict=True)])

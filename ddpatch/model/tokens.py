@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
-from ddpatch.model.layers import CONV
+from ddpatch.model.convolution import CONV
 
 
 class Restriction(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ddpatch.config import ExecutionConfig, ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.model.coarse import Audience, CoarseTransformer, ConvolutionalCommunicator, closing_lengths, token_places
-from ddpatch.model.coupling import Coupling
+from ddpatch.model.convolution import CHANNELS_LAST
+from ddpatch.model.coupling import Coupling, Lag
 from ddpatch.model.groups import group_by_group
-from ddpatch.model.layers import CHANNELS_LAST, NoiseEmbedding, ResidualBlock
+from ddpatch.model.layers import NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
 from ddpatch.model.tokens import (
     Prolongation,
@@ -30,7 +31,7 @@ from ddpatch.model.tokens import (
 from ddpatch.model.unet import Decoder, Encoder
 from ddpatch.model.wiener import LinearPart
 
-SHARDED_FROM = 4096  # tokens
+SHARDED_FROM = 1024  # tokens
 
 
 class Group(NamedTuple):
@@ -43,7 +44,7 @@ class Group(NamedTuple):
         sigma: Shape ``[sample]``.
         embedding: Of the noise levels, with shape ``[sample, embedding]``.
         precision: Type of the features.
-        tokens, fine, linear: What the coarse level tells all patches, where it does (:meth:`TwoLevelModel._couple`).
+        tokens, fine, linear: What the coarse level tells all patches, where it does (:class:`Message`).
     """
 
     grid: Decomposition
@@ -67,6 +68,22 @@ class Features(NamedTuple):
 
     latent: Tensor
     skips: list[Tensor]
+
+
+class Message(NamedTuple):
+    """What the coarse level tells all patches.
+
+    Attributes:
+        sigma: Noise levels at which it was made, with shape ``[sample]``.
+        tokens: Coupled tokens in place, with shape ``[sample, *token_grid, width]``.
+        fine: Coefficients of splines for the finest decoder stage, with shape ``[sample, *token_grid, channels[0]]``, if any.
+        linear: Coefficients of the coarse part of L u, with shape ``[sample, *token_grid, channel]``, if any.
+    """
+
+    sigma: Tensor
+    tokens: Tensor
+    fine: Tensor | None
+    linear: Tensor | None
 
 
 class TwoLevelModel(nn.Module):
@@ -104,8 +121,17 @@ class TwoLevelModel(nn.Module):
             self.prolongation = Prolongation(ndim, width, widths[-1], paths.fine * widths[0])
         self.to(memory_format=CHANNELS_LAST[ndim])  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, noise: Tensor, coupling: Coupling, execution: ExecutionConfig | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise: Tensor,
+        coupling: Coupling,
+        execution: ExecutionConfig | None = None,
+        lag: Lag[Message] | None = None,
+    ) -> Tensor:
         """Evaluate the network on the own patches. Collective.
+
+        While halos and tokens are on their way, what needs neither is computed.
 
         Arguments:
             x: Scaled noisy patches c_in x_t, with shape ``[sample, local patch, channel, *patch_shape]``.
@@ -114,17 +140,20 @@ class TwoLevelModel(nn.Module):
             execution: How many patches of every sample have their features in memory together, and of what type these are. With
                 fewer than all the encoder runs twice, for the tokens and for the result; gradients are the same
                 (:mod:`ddpatch.model.groups`). Default: all, of the type of ``x``.
+            lag: Lets the coarse level speak of the evaluation before, in evaluations without gradients.
 
         Returns:
             Shape of ``x``.
         """
+        arriving = coupling.start_halo(x)
         sigma, embedding, grid = (4 * noise).exp(), self.embed(noise), coupling.decomposition
         most, precision = x.shape[1], x.dtype
         if execution is not None:
             most = execution.patches_at_once or most
             precision = torch.bfloat16 if execution.precision == "bfloat16" else precision
-        parts = enumerate(coupling.halo(x).split(most, dim=1))
-        groups = [Group(grid, coupling.patches[i * most :][:most], windows, sigma, embedding, precision) for i, windows in parts]
+        windows = arriving()
+        parts = enumerate(windows.split(most, dim=1))
+        groups = [Group(grid, coupling.patches[i * most :][:most], part, sigma, embedding, precision) for i, part in parts]
         kept = self._encode(groups[0]) if len(groups) == 1 else None
 
         def restrict(*members: Any) -> Tensor:
@@ -138,10 +167,13 @@ class TwoLevelModel(nn.Module):
         if self.config.paths.coarse:
             check_tokens(grid.patch_shape, self.config.tokens, len(self.config.channels))
             own = group_by_group(restrict, groups, [*self.encoder.parameters(), *self.restriction.parameters()])
-            coupled, means = self._transform(own, embedding, coupling, self._shards(execution, grid))
-            tokens, fine, linear = self._couple(coupled, means, sigma)
-            groups = [group._replace(tokens=tokens, fine=fine, linear=linear) for group in groups]
-        return group_by_group(decode, groups, self.parameters())
+            wait, couple = self._start_coupling(own, sigma, embedding, coupling, self._shards(execution, grid))
+        near = None if self.linear is None else self.linear.fine(windows, sigma, self.config.reach)
+        if self.config.paths.coarse:
+            message = lag(wait, couple) if lag else couple(wait())
+            groups = [self._tell(group, message) for group in groups]
+        found = group_by_group(decode, groups, self.parameters())
+        return found if near is None else found + near
 
     def _encode(self, group: Group) -> Features:
         """The features of a group on all levels of the U-Net."""
@@ -159,24 +191,34 @@ class TwoLevelModel(nn.Module):
             wanted == "sharded" or (wanted == "auto" and tokens >= SHARDED_FROM)
         )
 
-    def _transform(self, own: Tensor, embedding: Tensor, coupling: Coupling, sharded: bool) -> tuple[Tensor, Tensor]:
-        """Transform the tokens of all patches. Collective.
+    def _start_coupling(
+        self, own: Tensor, sigma: Tensor, embedding: Tensor, coupling: Coupling, sharded: bool
+    ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Message]]:
+        """Send the own tokens. Returns what waits for those to be transformed, and what makes a message of them. Collective."""
+
+        def couple(tokens: Tensor) -> Message:
+            return self._speak(*self._transform(tokens, embedding, coupling, sharded), sigma)
+
+        return (lambda: own) if sharded else coupling.start_gather(own), couple
+
+    def _transform(self, tokens: Tensor, embedding: Tensor, coupling: Coupling, sharded: bool) -> tuple[Tensor, Tensor]:
+        """Transform tokens. Collective.
 
         Arguments:
-            own: Tokens of the own patches, with shape ``[sample, local patch, q^d, feature]``.
+            tokens: Of all patches, or, where that is sharded, of the own ones, with shape ``[sample, patch, q^d, feature]``.
             embedding: Shape ``[sample, embedding]``.
             coupling: How to reach other patches.
-            sharded: Whether that is done for the own tokens only, before the gather.
+            sharded: Whether the own tokens are transformed only, before the gather.
 
         Returns:
             Coupled tokens in place, and the means among the tokens: shapes ``[sample, *token_grid, width]``, ``[..., channel]``.
         """
         grid, q = coupling.decomposition, self.config.tokens
-        tokens, patches = (own, list(coupling.patches)) if sharded else (coupling.gather(own), list(range(grid.num_patches)))
-        places = from_canvas(self._token_features(grid)[None].to(own), grid.patch_grid, q)[:, patches]
-        inputs = torch.cat([tokens, places.expand(len(own), -1, -1, -1)], dim=-1)
+        patches = list(coupling.patches if sharded else range(grid.num_patches))
+        places = from_canvas(self._token_features(grid)[None].to(tokens), grid.patch_grid, q)[:, patches]
+        inputs = torch.cat([tokens, places.expand(len(tokens), -1, -1, -1)], dim=-1)
         if isinstance(self.coarse, CoarseTransformer):
-            audience = self._audience(coupling, patches, own, sharded)
+            audience = self._audience(coupling, patches, tokens, sharded)
             coupled = self.coarse(inputs.flatten(1, 2), embedding, audience).unflatten(1, inputs.shape[1:3])
         else:
             canvas = self.coarse(to_canvas(inputs, grid.patch_grid, q), embedding, self.periodic)
@@ -198,22 +240,25 @@ class TwoLevelModel(nn.Module):
             places[patches].flatten(0, 1), places.flatten(0, 1), closing_lengths(token_grid, self.periodic).to(like), gather
         )
 
-    def _couple(self, coupled: Tensor, means: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """What the coarse level tells all patches, from coupled tokens and means in place (:meth:`_transform`).
-
-        Returns:
-            Coupled tokens, and coefficients of splines for the finest decoder stage and of the coarse part of L u, if there are
-            any: shapes ``[sample, *token_grid, width]``, ``[..., channels[0]]`` and ``[..., channel]``.
-        """
+    def _speak(self, coupled: Tensor, means: Tensor, sigma: Tensor) -> Message:
+        """What the coarse level tells all patches, from coupled tokens and means in place (:meth:`_transform`)."""
         linear = None
         if self.linear is not None and self.linear.cell is not None:
             kernels = [weighting(m, overlap) for m, overlap in zip(self.linear.cell, self.overlap, strict=True)]
             scale = mean_scale(sigma, kernels).view(-1, *(1,) * (means.ndim - 1))
             linear = self.linear.coarse(means / scale, sigma)
-        return coupled, self.prolongation.fine(coupled), linear
+        return Message(sigma, coupled, self.prolongation.fine(coupled), linear)
+
+    def _tell(self, group: Group, message: Message) -> Group:
+        """The group with a message; L u is of the same size in D = c_skip x + c_out F as when the message was made."""
+        if message.linear is None:
+            return group._replace(tokens=message.tokens, fine=message.fine)
+        before, now = (s / (1 + s.square()).sqrt() for s in (message.sigma, group.sigma))
+        linear = message.linear * (before / now).view(-1, *(1,) * (message.linear.ndim - 1))
+        return group._replace(tokens=message.tokens, fine=message.fine, linear=linear)
 
     def _decode(self, group: Group, features: Features) -> Tensor:
-        """The result on a group, N or L u + g N, with shape ``[sample, patch, channel, *patch_shape]``."""
+        """N on a group, or L u + g N without the fine part of L, with shape ``[sample, patch, channel, *patch_shape]``."""
         latent, fine = features.latent, None
         if group.tokens is not None:
             own = own_boxes(group.tokens.movedim(-1, 1), group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
@@ -224,8 +269,7 @@ class TwoLevelModel(nn.Module):
         out = self.decoder(latent, features.skips, group.repeated, fine)
         out = out.to(group.windows).unflatten(0, group.windows.shape[:2])
         if self.linear is not None:
-            scale = self.linear.scale(group.sigma).view(-1, *(1,) * (out.ndim - 1))
-            out = self.linear.fine(group.windows, group.sigma, self.config.reach) + scale * out
+            out = self.linear.scale(group.sigma).view(-1, *(1,) * (out.ndim - 1)) * out
         return out if group.linear is None else out + splines(group.linear, group.grid, group.patches)
 
     def _token_features(self, decomposition: Decomposition) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.model.layers import CONV, Gain, ResidualBlock, crop, refine, zero
+from ddpatch.model.convolution import CONV
+from ddpatch.model.layers import Gain, ResidualBlock, crop, refine, zero
 from ddpatch.model.stencil import StencilConvolution
 
 

@@ -32,9 +32,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpatch.model.convolution import convolve
 from ddpatch.model.waves import Waves, interpolate, like, make_waves, phase_factors
 
 TABLE = (-4.0, 4.0, 257)  # of g: first and last log10 σ, and their number
@@ -91,7 +91,6 @@ class LinearPart(nn.Module):
         """
         for axis, n in enumerate(self.reach, start=3):
             windows = windows.narrow(axis, margin - n, windows.shape[axis] - 2 * (margin - n))
-        convolve = F.conv2d if len(self.shape) == 2 else F.conv3d
         return torch.stack([convolve(u, kernel) for u, kernel in zip(windows, self.kernels(sigma), strict=True)])
 
     def kernels(self, sigma: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ detached, never differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,26 +23,26 @@ class _GatherTokens(torch.autograd.Function):
     """Forward: allgather along the patch dim. Backward: reduce-scatter (sum)."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: Tensor, comm: Communicator, counts: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, tokens: Tensor, comm: Communicator, counts: tuple[int, ...], wait: Callable[[], Tensor]) -> Tensor:
         ctx.comm, ctx.counts = comm, counts
-        return comm.allgather(tokens, counts)
+        return wait()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.comm.reduce_scatter(grads[0], ctx.counts), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.comm.reduce_scatter(grads[0], ctx.counts), None, None, None
 
 
 class _ExchangeHalo(torch.autograd.Function):
     """Forward: copy the neighbours' borders into the window. Backward: add the window's borders onto the neighbours."""
 
     @staticmethod
-    def forward(ctx: Any, patches: Tensor, comm: Communicator, halo: Halo) -> Tensor:
+    def forward(ctx: Any, patches: Tensor, comm: Communicator, halo: Halo, wait: Callable[[], Tensor]) -> Tensor:
         ctx.comm, ctx.halo = comm, halo
-        return halo.copy(patches, comm)
+        return wait()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.halo.add(grads[0], ctx.comm), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.halo.add(grads[0], ctx.comm), None, None, None
 
 
 class Exchange:
@@ -67,8 +68,13 @@ class Exchange:
         Returns:
             Tokens of all patches in global order, with shape ``[sample, patch, ...]``.
         """
-        rows = tokens.transpose(0, 1).contiguous()
-        return _GatherTokens.apply(rows, self.comm, self.decomposition.counts).transpose(0, 1)
+        return self.start_gather(tokens)()
+
+    def start_gather(self, tokens: Tensor) -> Callable[[], Tensor]:
+        """Begin a :meth:`gather`; what is returned waits for it. Collective."""
+        rows, counts = tokens.transpose(0, 1).contiguous(), self.decomposition.counts
+        wait = self.comm.start_allgather(rows, counts)
+        return lambda: _GatherTokens.apply(rows, self.comm, counts, wait).transpose(0, 1)
 
     def halo(self, patches: Tensor) -> Tensor:
         """Windows of the own patches: the patch with δ points of its neighbours on every side, zero beyond walls. Collective.
@@ -79,4 +85,9 @@ class Exchange:
         Returns:
             Windows with shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``.
         """
-        return _ExchangeHalo.apply(patches, self.comm, self._halo)
+        return self.start_halo(patches)()
+
+    def start_halo(self, patches: Tensor) -> Callable[[], Tensor]:
+        """Begin a :meth:`halo`; what is returned waits for it. Collective."""
+        wait = self._halo.start(patches.detach(), self.comm)
+        return lambda: _ExchangeHalo.apply(patches, self.comm, self._halo, wait)

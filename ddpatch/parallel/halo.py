@@ -80,28 +80,33 @@ class Halo:
             for peer, patches in incoming.items():
                 self._receives[peer].append(Move(offset, patches))
 
-    def copy(self, patches: Tensor, comm: Communicator) -> Tensor:
-        """Windows of the own patches. Collective.
+    def start(self, patches: Tensor, comm: Communicator) -> Callable[[], Tensor]:
+        """Begin the exchange that makes windows of the own patches. Collective.
 
         Arguments:
             patches: Shape ``[sample, local patch, channel, *patch_shape]``.
 
         Returns:
-            Shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``, zero beyond walls.
+            What waits for windows, with shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``, zero beyond walls.
         """
         if not self.width:
-            return patches
+            return lambda: patches
         windows = patches.new_zeros(*patches.shape[:3], *(n + 2 * self.width for n in self.shape))
         windows[_at(self._interior())] = patches
         outgoing = {peer: _pack(patches, moves, self._edge) for peer, moves in self._sends.items()}
-        received = self._exchange(outgoing, self._receives, windows, comm)
-        for peer, moves in self._receives.items():
-            for move, piece in self._unpack(received[peer], moves, windows):
-                windows[_at(self._ring(move.offset), move.patches)] = piece
-        return windows
+        wait = self._start(outgoing, self._receives, windows, comm)
+
+        def finish() -> Tensor:
+            received = wait()
+            for peer, moves in self._receives.items():
+                for move, piece in self._unpack(received[peer], moves, windows):
+                    windows[_at(self._ring(move.offset), move.patches)] = piece
+            return windows
+
+        return finish
 
     def add(self, windows: Tensor, comm: Communicator) -> Tensor:
-        """The adjoint of :meth:`copy`: the windows' halos are added onto the patches that they came from. Collective.
+        """The adjoint of :meth:`start`: the windows' halos are added onto the patches that they came from. Collective.
 
         Arguments:
             windows: Shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``.
@@ -113,17 +118,17 @@ class Halo:
             return windows
         patches = windows[_at(self._interior())].clone()
         outgoing = {peer: _pack(windows, moves, self._ring) for peer, moves in self._receives.items()}
-        received = self._exchange(outgoing, self._sends, windows, comm)
+        received = self._start(outgoing, self._sends, windows, comm)()
         for peer, moves in self._sends.items():
             for move, piece in self._unpack(received[peer], moves, windows):
                 patches[_at(self._edge(move.offset), move.patches)] += piece
         return patches
 
-    def _exchange(
+    def _start(
         self, outgoing: dict[int, Tensor], receives: dict[int, list[Move]], like: Tensor, comm: Communicator
-    ) -> dict[int, Tensor]:
+    ) -> Callable[[], dict[int, Tensor]]:
         incoming = {peer: like.new_empty(sum(self._sizes(moves, like))) for peer, moves in receives.items()}
-        return comm.exchange(outgoing, incoming, kind="halo")
+        return comm.start_exchange(outgoing, incoming, kind="halo")
 
     def _unpack(self, message: Tensor, moves: list[Move], like: Tensor) -> Iterable[tuple[Move, Tensor]]:
         for move, flat in zip(moves, message.split(self._sizes(moves, like)), strict=True):

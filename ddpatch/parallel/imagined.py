@@ -18,9 +18,10 @@ class Nowhere:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
-    def allgather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def start_allgather(self, rows: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
         """Room for the rows of all ranks."""
-        return rows.new_empty(sum(counts), *rows.shape[1:])
+        received = rows.new_empty(sum(counts), *rows.shape[1:])
+        return lambda: received
 
     def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Room for the own rows."""
@@ -35,9 +36,10 @@ class Nowhere:
         sent, received = tensor, torch.empty_like(tensor)
         return lambda: (sent, received)[1]
 
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def start_exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Callable[[], dict[int, Tensor]]:
         """Room for the messages."""
-        return {rank: torch.empty_like(like) for rank, like in incoming.items()}
+        received = {rank: torch.empty_like(like) for rank, like in incoming.items()}
+        return lambda: received
 
     def close(self) -> None:
         """Nothing is held."""

@@ -44,14 +44,19 @@ class TorchTransport:
         options._timeout = NO_LIMIT
         return dist.ProcessGroupNCCL(store, self.rank, self.size, options)
 
-    def allgather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def start_allgather(self, rows: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
         """See :class:`~ddpatch.parallel.transport.Transport`. Collective."""
         sizes = [n * rows.shape[1:].numel() * rows.itemsize for n in counts]
         sent = _padded(as_bytes(rows.detach().contiguous()), max(sizes))
         received = [torch.empty_like(sent) for _ in sizes]
-        self._moves.allgather([received], [sent]).wait()
-        whole = torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
-        return whole.view(rows.dtype).view(sum(counts), *rows.shape[1:])
+        work = self._moves.allgather([received], [sent])
+
+        def finish() -> Tensor:
+            work.wait()
+            whole = torch.cat([part[:size] for part, size in zip(received, sizes, strict=True)])
+            return whole.view(rows.dtype).view(sum(counts), *rows.shape[1:])
+
+        return finish
 
     def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """See :class:`~ddpatch.parallel.transport.Transport`. Collective."""
@@ -71,14 +76,21 @@ class TorchTransport:
         total = _copy(tensor)
         return partial(_finish, self._sums.allreduce([total]), total)
 
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def start_exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Callable[[], dict[int, Tensor]]:
         """See :class:`~ddpatch.parallel.transport.Transport`. Nothing travels between ranks without a message. Collective."""
         sent = [as_bytes(outgoing[r].detach().contiguous()) if r in outgoing else self._nothing for r in range(self.size)]
         sizes = [incoming[r].nbytes if r in incoming else 0 for r in range(self.size)]
         received = self._nothing.new_empty(sum(sizes))
-        self._moves.alltoall_base(received, torch.cat(sent), sizes, [len(message) for message in sent]).wait()
-        pieces = [piece.clone() for piece in received.split(sizes)]  # for a type needs aligned memory
-        return {r: pieces[r].view(like.dtype).view(like.shape) for r, like in incoming.items()}
+        together = torch.cat(sent)
+        work = self._moves.alltoall_base(received, together, sizes, [len(message) for message in sent])
+
+        def finish() -> dict[int, Tensor]:
+            work.wait()
+            assert len(together) == sum(map(len, sent))  # what is sent lives until it has left
+            pieces = [piece.clone() for piece in received.split(sizes)]  # for a type needs aligned memory
+            return {r: pieces[r].view(like.dtype).view(like.shape) for r, like in incoming.items()}
+
+        return finish
 
     def close(self) -> None:
         """Release the groups, once. Collective."""

@@ -15,9 +15,12 @@ from torch import Tensor
 
 
 class Transport(Protocol):
-    """What carries tensors between ranks; results are new tensors on the device of the arguments. All methods are collective."""
+    """What carries tensors between ranks; results are new tensors on the device of the arguments. All methods are collective.
 
-    def allgather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    A method that starts something returns what waits for it. Leave the arguments alone until then.
+    """
+
+    def start_allgather(self, rows: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
         """The rows of all ranks, ``[sum(counts), ...]``, from this rank's, ``[counts[rank], ...]``."""
 
     def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
@@ -27,10 +30,9 @@ class Transport(Protocol):
         """The sum over all ranks, of any shape."""
 
     def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Begin an :meth:`allreduce` that overlaps with other methods; what is returned waits for it. Leave the tensor alone
-        until then."""
+        """An :meth:`allreduce` that overlaps with other methods."""
 
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def start_exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Callable[[], dict[int, Tensor]]:
         """Send a tensor to some other ranks and receive, from some others, one of the shape and type given there."""
 
     def close(self) -> None:
@@ -48,13 +50,13 @@ class HostTransport:
     def __init__(self, moves: Any, sums: Any) -> None:
         self._moves, self._sums = moves, sums
 
-    def allgather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def start_allgather(self, rows: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
         """See :class:`Transport`. Collective."""
         sent, received = self._sent(rows), self._room(rows, (sum(counts), *rows.shape[1:]))
         sizes = [n * rows.shape[1:].numel() * rows.itemsize for n in counts]
         settle(rows)
-        self._moves.Allgatherv(memory(as_bytes(sent)), [memory(as_bytes(received)), sizes])
-        return _on(rows.device, received)
+        request = self._moves.Iallgatherv(memory(as_bytes(sent)), [memory(as_bytes(received)), sizes])
+        return partial(_finish, request, sent, received, rows.device)
 
     def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """See :class:`Transport`. Collective."""
@@ -76,16 +78,21 @@ class HostTransport:
         settle(tensor)
         return partial(_finish, self._sums.Iallreduce(memory(sent), memory(received)), sent, received, tensor.device)
 
-    def exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    def start_exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Callable[[], dict[int, Tensor]]:
         """See :class:`Transport`. Receives are posted first. Collective."""
         sent = {rank: self._sent(tensor) for rank, tensor in outgoing.items()}
         received = {rank: self._room(like, like.shape) for rank, like in incoming.items()}
         settle(*outgoing.values(), *incoming.values())
         requests = [self._moves.Irecv(memory(as_bytes(buffer)), source=rank) for rank, buffer in received.items()]
         requests += [self._moves.Isend(memory(as_bytes(message)), dest=rank) for rank, message in sent.items()]
-        for request in requests:
-            request.Wait()
-        return {rank: _on(incoming[rank].device, buffer) for rank, buffer in received.items()}
+
+        def finish() -> dict[int, Tensor]:
+            for request in requests:
+                request.Wait()
+            assert len(sent) == len(outgoing)  # what is sent lives until it has left
+            return {rank: _on(incoming[rank].device, buffer) for rank, buffer in received.items()}
+
+        return finish
 
     def close(self) -> None:
         """Nothing: the communicators belong to who made them."""
@@ -104,8 +111,20 @@ class HostTransport:
 class CudaAwareTransport(HostTransport):
     """MPI from the tensors' own memory, which an MPI library that does not know GPUs ends the process for.
 
-    Sums do not overlap: Open MPI takes no memory of a GPU in non-blocking reductions, so they are made when they are waited for.
+    Collectives do not overlap: Open MPI takes no memory of a GPU in non-blocking reductions, so they are made when they are
+    waited for.
     """
+
+    def start_allgather(self, rows: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
+        """See :class:`Transport`. Collective."""
+        return partial(self._allgather, rows, counts)
+
+    def _allgather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        sent, received = rows.detach().contiguous(), rows.new_empty(sum(counts), *rows.shape[1:])
+        settle(rows)
+        sizes = [n * rows.shape[1:].numel() * rows.itemsize for n in counts]
+        self._moves.Allgatherv(memory(as_bytes(sent)), [memory(as_bytes(received)), sizes])
+        return received
 
     def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
         """See :class:`Transport`. Collective."""
@@ -136,7 +155,7 @@ def memory(tensor: Tensor) -> Any:
 
 
 def _finish(request: Any, sent: Tensor, received: Tensor, device: torch.device) -> Tensor:
-    """Wait for a sum; both buffers live until then."""
+    """Wait for a request; both buffers live until then."""
     request.Wait()
     return _on(device, received)
 

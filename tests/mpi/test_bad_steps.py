@@ -17,7 +17,8 @@ from ddpatch.errors import UserError
 from ddpatch.io import checkpoint
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import measure_field, resolve
-from ddpatch.train import MOST_SKIPPED, Training, train
+from ddpatch.train import train
+from ddpatch.training import MOST_SKIPPED, Training
 
 pytestmark = pytest.mark.mpi(min_size=1)
 

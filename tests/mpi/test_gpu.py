@@ -16,7 +16,7 @@ from ddpatch.model.patches import cut
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import measure_field, resolve
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 pytestmark = pytest.mark.mpi(min_size=1)
 

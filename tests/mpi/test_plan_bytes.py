@@ -11,7 +11,7 @@ from ddpatch.data.fields import FieldFile
 from ddpatch.parallel.comm import Communicator
 from ddpatch.rehearsal import imagine, rehearse
 from ddpatch.run import measure_field, replicas, resolve
-from ddpatch.train import Training
+from ddpatch.training import Training
 
 pytestmark = pytest.mark.mpi(min_size=1)
 

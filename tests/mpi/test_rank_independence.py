@@ -18,7 +18,8 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.gradients import GradientSum
 from ddpatch.run import make_model, measure_field, resolve
 from ddpatch.sample import Sampler
-from ddpatch.train import Training, train
+from ddpatch.train import train
+from ddpatch.training import Training
 
 pytestmark = pytest.mark.mpi(min_size=1)
 

@@ -17,7 +17,8 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.gradients import GradientSum
 from ddpatch.parallel.grid import choose_replicas
 from ddpatch.run import measure_field, resolve
-from ddpatch.train import Training, train
+from ddpatch.train import train
+from ddpatch.training import Training
 
 pytestmark = pytest.mark.mpi(min_size=1)
 

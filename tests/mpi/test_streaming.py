@@ -16,7 +16,8 @@ from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import decompose, measure_field, resolve
 from ddpatch.sample import Sampler
-from ddpatch.train import Training, train
+from ddpatch.train import train
+from ddpatch.training import Training
 
 pytestmark = pytest.mark.mpi(min_size=1)
 
