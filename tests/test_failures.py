@@ -22,7 +22,7 @@ def test_an_exception_on_any_rank_ends_the_job_with_its_traceback(tmp_path: Path
 PHASES = {
     "read": ("ddpatch.data.batches", "PatchBatches", "read"),
     "forward": ("ddpatch.model.unet", "Decoder", "forward"),
-    "gather": ("ddpatch.parallel.collectives", "Exchange", "gather"),
+    "gather": ("ddpatch.parallel.collectives", "Exchange", "start_gather"),
     "backward": ("ddpatch.parallel.gradients", "GradientSum", "_arrived"),
     "write": ("ddpatch.io.checkpoint", "CheckpointWriter", "save"),
 }
