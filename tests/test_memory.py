@@ -27,7 +27,7 @@ FAULTS = """
 import resource, torch
 from ddpatch.execution import keep_freed_memory
 keep_freed_memory(torch.device("cpu"))
-for _ in range(3):
+for _ in range(20):  # until what is aligned fits into what was freed
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -162,18 +162,17 @@ class TwoLevelModel(nn.Module):
 
         def decode(*members: Any) -> Tensor:
             group = Group(*members)
-            return self._decode(group, kept or self._encode(group))
+            return self._decode(group, kept or self._encode(group), self._near(group) if near is None else near)
 
         if self.config.paths.coarse:
             check_tokens(grid.patch_shape, self.config.tokens, len(self.config.channels))
             own = group_by_group(restrict, groups, [*self.encoder.parameters(), *self.restriction.parameters()])
             wait, couple = self._start_coupling(own, sigma, embedding, coupling, self._shards(execution, grid))
-        near = None if self.linear is None else self.linear.fine(windows, sigma, self.config.reach)
+        near = self._near(groups[0]) if len(groups) == 1 else None
         if self.config.paths.coarse:
             message = lag(wait, couple) if lag else couple(wait())
             groups = [self._tell(group, message) for group in groups]
-        found = group_by_group(decode, groups, self.parameters())
-        return found if near is None else found + near
+        return group_by_group(decode, groups, self.parameters())
 
     def _encode(self, group: Group) -> Features:
         """The features of a group on all levels of the U-Net."""
@@ -257,8 +256,12 @@ class TwoLevelModel(nn.Module):
         linear = message.linear * (before / now).view(-1, *(1,) * (message.linear.ndim - 1))
         return group._replace(tokens=message.tokens, fine=message.fine, linear=linear)
 
-    def _decode(self, group: Group, features: Features) -> Tensor:
-        """N on a group, or L u + g N without the fine part of L, with shape ``[sample, patch, channel, *patch_shape]``."""
+    def _near(self, group: Group) -> Tensor | None:
+        """The fine part of L u on a group, with shape ``[sample, patch, channel, *patch_shape]``."""
+        return None if self.linear is None else self.linear.fine(group.windows, group.sigma, self.config.reach)
+
+    def _decode(self, group: Group, features: Features, near: Tensor | None) -> Tensor:
+        """The result on a group, N or L u + g N, with shape ``[sample, patch, channel, *patch_shape]``."""
         latent, fine = features.latent, None
         if group.tokens is not None:
             own = own_boxes(group.tokens.movedim(-1, 1), group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
@@ -270,6 +273,8 @@ class TwoLevelModel(nn.Module):
         out = out.to(group.windows).unflatten(0, group.windows.shape[:2])
         if self.linear is not None:
             out = self.linear.scale(group.sigma).view(-1, *(1,) * (out.ndim - 1)) * out
+        if near is not None:
+            out = near + out
         return out if group.linear is None else out + splines(group.linear, group.grid, group.patches)
 
     def _token_features(self, decomposition: Decomposition) -> Tensor:
