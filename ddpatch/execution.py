@@ -19,10 +19,13 @@ BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as x86 and ARM processors name
 
 def fit_groups(config: Config, decomposition: Decomposition) -> Config:
     """The configuration with no more patches at once than a rank has."""
-    at_once, most = config.execution.patches_at_once, max(decomposition.counts)
-    return dataclasses.replace(
-        config, execution=dataclasses.replace(config.execution, patches_at_once=at_once and min(at_once, most))
-    )
+    at_once = config.execution.patches_at_once
+    return with_groups(config, at_once and min(at_once, max(decomposition.counts)))
+
+
+def with_groups(config: Config, at_once: int | None) -> Config:
+    """The configuration with as many patches at once, all for ``None``: chosen, so that no tuning is left to do."""
+    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, patches_at_once=at_once, tune=False))
 
 
 def check_groups(config: Config, decomposition: Decomposition) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import Decomposition
 from ddpatch.diffusion.solvers import SOLVERS
 from ddpatch.errors import UserError
-from ddpatch.execution import check_groups
+from ddpatch.execution import check_groups, with_groups
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.ledger import COARSE, FEATURES, FIELDS, GRADIENTS, STATE
 from ddpatch.machine import SHARE, Device, find_device
@@ -104,15 +103,14 @@ def make_plan(config: Config, header: VolumeHeader, ranks: int, device: Device) 
 def advise(plan: Plan, header: VolumeHeader) -> str:
     """What to change where a plan does not fit: computed, not guessed."""
 
-    def with_groups(at_once: int, ranks: int = plan.ranks) -> Plan:
-        config = dataclasses.replace(plan.config, execution=dataclasses.replace(plan.config.execution, patches_at_once=at_once))
-        return make_plan(config, header, ranks, plan.device)
+    def fits(at_once: int, ranks: int = plan.ranks) -> bool:
+        return make_plan(with_groups(plan.config, at_once), header, ranks, plan.device).fits
 
-    at_once = largest(lambda n: with_groups(n).fits, max(plan.grid.counts))
+    at_once = largest(fits, max(plan.grid.counts))
     if at_once:
         return f"execution.patches_at_once: {at_once} is the most that fits"
     for groups in range(2 * plan.grid.size, plan.grid.num_patches + 1, plan.grid.size):
-        if with_groups(1, ranks := groups * plan.replicas).fits:
+        if fits(1, ranks := groups * plan.replicas):
             return f"--ranks {ranks} with execution.patches_at_once: 1 fits"
     return "no number of ranks fits; choose a smaller domain.patch, model.channels or train.batch, or fewer model.tokens"
 
@@ -184,6 +182,9 @@ def plan(
 ) -> None:
     """Say what a training needs of every rank. Collective, though one rank plans for all.
 
+    Where the training chooses how many patches go together (``execution.tune``) and not all fit, the plan is that of one at a
+    time.
+
     Arguments:
         config: As the user wrote it.
         ranks: To plan for.
@@ -206,6 +207,8 @@ def plan(
         device, config, comm, per_node, None if memory is None else memory * 2**30, SHARE if share is None else share
     )
     made = make_plan(config, header, ranks, found)
+    if config.execution.tune and not made.fits:
+        made = make_plan(with_groups(config, 1), header, ranks, found)
     say(page(made))
     if not made.fits:
         raise UserError(

@@ -182,7 +182,10 @@ def build_for_sampling(tree: dict[str, Any], origin: str, overrides: Sequence[st
     for override in overrides:
         if override.partition(".")[0] not in free:
             raise UserError(f"--set {override}: expected a key of {', '.join(free)}; the rest is as it was trained")
-    return build(tree, origin, overrides)
+    config = build(tree, origin, overrides)
+    if config.execution.tune:
+        raise UserError("execution.tune: expected false, got true: a training chooses, and sampling takes what it chose")
+    return config
 
 
 def replicas(config: Config, size: int) -> int:

@@ -6,7 +6,6 @@ are best depends on caches and libraries, and is measured once per machine.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,6 +19,7 @@ import torch
 from ddpatch.config import Config
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
+from ddpatch.execution import with_groups
 from ddpatch.io.volume import VolumeHeader, replace_when_complete
 from ddpatch.machine import free_memory, spare_share
 from ddpatch.parallel.collectives import Exchange
@@ -61,11 +61,6 @@ def choose_groups(config: Config, header: VolumeHeader, field: Field, comm: Comm
         )
     seconds = known_seconds(config, fitting, field, comm, device)
     return with_groups(config, min(fitting, key=lambda n: seconds[n]))
-
-
-def with_groups(config: Config, at_once: int | None) -> Config:
-    """The configuration with as many patches at once, chosen."""
-    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, patches_at_once=at_once, tune=False))
 
 
 def needed(config: Config, at_once: int, header: VolumeHeader, comm: Communicator, device: torch.device) -> float:

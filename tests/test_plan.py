@@ -104,6 +104,16 @@ def test_nothing_fits_into_no_memory() -> None:
     assert advise(made, HEADER).startswith("no number of ranks fits")
 
 
+def test_a_training_that_tunes_is_planned_with_one_patch_at_a_time_where_not_all_fit() -> None:
+    tuned = dataclasses.replace(config(), execution=dataclasses.replace(config().execution, tune=True))
+    gpu = dataclasses.replace(DEVICE, name="h200", process=0, spare=0.0)
+    pages: list[str] = []
+    between = (planned(1, 1, gpu).memory + planned(1, None, gpu).memory) / 2
+    for memory in (between, 1e12):
+        plan(tuned, 1, Communicator(), channels=2, device="h200", memory=memory / 2**30, say=pages.append)
+    assert "12 on a rank, 1 at once" in pages[0] and "12 on a rank, all at once" in pages[1]
+
+
 def test_largest_is_found_by_bisection() -> None:
     assert [largest(lambda n, most=most: n <= most, 10) for most in (0, 1, 7, 10, 99)] == [0, 1, 7, 10, 10]  # type: ignore[misc]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddpatch.decomposition import Decomposition
 
-Message = TypeVar("Message")
+Heard = TypeVar("Heard")
 
 
 class Coupling(Protocol):
@@ -60,16 +60,16 @@ class OwnPatch:
         return lambda: F.pad(patches, self._pad)
 
 
-class Lag(Generic[Message]):
+class Lag(Generic[Heard]):
     """Lets the coarse level speak of the evaluation before: the tokens of one are on their way until the next needs them.
 
     The first evaluation speaks of itself. The one after the last is never made: :meth:`end` takes its place.
     """
 
     def __init__(self) -> None:
-        self._next: Callable[[], Message] | None = None
+        self._next: Callable[[], Heard] | None = None
 
-    def __call__(self, wait: Callable[[], Tensor], couple: Callable[[Tensor], Message]) -> Message:
+    def __call__(self, wait: Callable[[], Tensor], couple: Callable[[Tensor], Heard]) -> Heard:
         """The message of the evaluation before, from what waits for the tokens of this one, and what makes a message of them.
         Collective.
         """

@@ -80,17 +80,9 @@ class TorchTransport:
         """See :class:`~ddpatch.parallel.transport.Transport`. Nothing travels between ranks without a message. Collective."""
         sent = [as_bytes(outgoing[r].detach().contiguous()) if r in outgoing else self._nothing for r in range(self.size)]
         sizes = [incoming[r].nbytes if r in incoming else 0 for r in range(self.size)]
-        received = self._nothing.new_empty(sum(sizes))
-        together = torch.cat(sent)
+        together, received = torch.cat(sent), self._nothing.new_empty(sum(sizes))
         work = self._moves.alltoall_base(received, together, sizes, [len(message) for message in sent])
-
-        def finish() -> dict[int, Tensor]:
-            work.wait()
-            assert len(together) == sum(map(len, sent))  # what is sent lives until it has left
-            pieces = [piece.clone() for piece in received.split(sizes)]  # for a type needs aligned memory
-            return {r: pieces[r].view(like.dtype).view(like.shape) for r, like in incoming.items()}
-
-        return finish
+        return partial(_finish_exchange, work, together, received.split(sizes), incoming)
 
     def close(self) -> None:
         """Release the groups, once. Collective."""
@@ -126,3 +118,10 @@ def _copy(tensor: Tensor) -> Tensor:
 def _finish(work: Any, total: Tensor) -> Tensor:
     work.wait()
     return total
+
+
+def _finish_exchange(work: Any, sent: Tensor, received: Sequence[Tensor], incoming: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """Wait for all messages; what is sent and what is received lives until then."""
+    work.wait()
+    pieces = [piece.clone() for piece in received]  # for a type needs aligned memory
+    return {r: pieces[r].view(like.dtype).view(like.shape) for r, like in incoming.items()}

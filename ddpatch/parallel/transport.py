@@ -52,11 +52,15 @@ class HostTransport:
 
     def start_allgather(self, rows: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
         """See :class:`Transport`. Collective."""
-        sent, received = self._sent(rows), self._room(rows, (sum(counts), *rows.shape[1:]))
-        sizes = [n * rows.shape[1:].numel() * rows.itemsize for n in counts]
-        settle(rows)
+        sent, received, sizes = self._gathered(rows, counts)
         request = self._moves.Iallgatherv(memory(as_bytes(sent)), [memory(as_bytes(received)), sizes])
         return partial(_finish, request, sent, received, rows.device)
+
+    def _gathered(self, rows: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """What is sent, the room for all rows, and how many bytes every rank has of them."""
+        sent, received = self._sent(rows), self._room(rows, (sum(counts), *rows.shape[1:]))
+        settle(rows)
+        return sent, received, [n * rows.shape[1:].numel() * rows.itemsize for n in counts]
 
     def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """See :class:`Transport`. Collective."""
@@ -85,14 +89,8 @@ class HostTransport:
         settle(*outgoing.values(), *incoming.values())
         requests = [self._moves.Irecv(memory(as_bytes(buffer)), source=rank) for rank, buffer in received.items()]
         requests += [self._moves.Isend(memory(as_bytes(message)), dest=rank) for rank, message in sent.items()]
-
-        def finish() -> dict[int, Tensor]:
-            for request in requests:
-                request.Wait()
-            assert len(sent) == len(outgoing)  # what is sent lives until it has left
-            return {rank: _on(incoming[rank].device, buffer) for rank, buffer in received.items()}
-
-        return finish
+        devices = {rank: like.device for rank, like in incoming.items()}
+        return partial(_finish_exchange, requests, sent, received, devices)
 
     def close(self) -> None:
         """Nothing: the communicators belong to who made them."""
@@ -120,9 +118,7 @@ class CudaAwareTransport(HostTransport):
         return partial(self._allgather, rows, counts)
 
     def _allgather(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        sent, received = rows.detach().contiguous(), rows.new_empty(sum(counts), *rows.shape[1:])
-        settle(rows)
-        sizes = [n * rows.shape[1:].numel() * rows.itemsize for n in counts]
+        sent, received, sizes = self._gathered(rows, counts)
         self._moves.Allgatherv(memory(as_bytes(sent)), [memory(as_bytes(received)), sizes])
         return received
 
@@ -158,6 +154,15 @@ def _finish(request: Any, sent: Tensor, received: Tensor, device: torch.device) 
     """Wait for a request; both buffers live until then."""
     request.Wait()
     return _on(device, received)
+
+
+def _finish_exchange(
+    requests: Sequence[Any], sent: dict[int, Tensor], received: dict[int, Tensor], devices: Mapping[int, torch.device]
+) -> dict[int, Tensor]:
+    """Wait for all requests; what is sent and what is received lives until then."""
+    for request in requests:
+        request.Wait()
+    return {rank: _on(devices[rank], buffer) for rank, buffer in received.items()}
 
 
 def _on(device: torch.device, buffer: Tensor) -> Tensor:

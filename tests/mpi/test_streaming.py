@@ -70,6 +70,14 @@ def test_samples_in_groups_are_the_same(comm: Communicator, shared_path: Path) -
     torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-9, atol=1e-9)
 
 
+def test_sampling_leaves_tuning_to_the_training(comm: Communicator, shared_path: Path) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    train(small_config(data, train={"steps": 1}, execution={"tune": True}), shared_path / "run", comm)
+    assert Sampler(shared_path / "run", comm).config.execution == ExecutionConfig()
+    with pytest.raises(UserError, match=r"execution\.tune: expected false, got true: a training chooses"):
+        Sampler(shared_path / "run", comm, None, ["execution.tune=true"])
+
+
 def test_a_group_larger_than_a_rank_is_refused_on_all_ranks(comm: Communicator, shared_path: Path) -> None:
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
     config, most = small_config(data, train={"steps": 1}), -(-6 // comm.size)

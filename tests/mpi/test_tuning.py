@@ -13,11 +13,12 @@ from problems import small_config, unit_field
 from ddpatch import tuning
 from ddpatch.config import Config
 from ddpatch.errors import UserError
+from ddpatch.execution import with_groups
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.machine import spare_share
 from ddpatch.parallel.comm import Communicator
 from ddpatch.rehearsal import rehearse
-from ddpatch.tuning import cache_path, choose_groups, with_groups
+from ddpatch.tuning import cache_path, choose_groups
 
 pytestmark = pytest.mark.mpi(min_size=1)
 CPU = torch.device("cpu")
