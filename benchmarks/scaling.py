@@ -4,9 +4,10 @@
     python benchmarks/scaling.py --mode weak --ranks 1 2        # about 15 minutes
     sbatch jobs/scaling.sbatch                                  # on a cluster: ranks are started by srun then
 
-strong: one grid for all numbers of ranks; weak: as many points per rank. All numbers of ranks take turns in every round, so that
-a drift of the machine's speed hits all alike; efficiencies are taken within a round. A step's time is that of its slowest rank,
-and a figure the median over the steps of a launch, then over the rounds. The report goes to benchmarks/results/.
+strong: one grid for all numbers of ranks; weak: as many points per rank, and, outside SLURM, beside as many jobs of one rank that
+know nothing of each other: what the machine itself loses when more of it is busy. All take turns in every round, so that a drift
+of the machine's speed hits all alike; efficiencies are taken within a round. A step's time is that of its slowest rank, and a
+figure the median over the steps of a launch, then over the rounds. The report goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import os
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from launch import launch
 from problem import noise_patches, open_training, write
 from reports import RESULTS, stem, write_rows
 from scaling_page import write_page
-from timing import measure
+from timing import SPENT, measure
 
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
@@ -66,6 +68,7 @@ def describe_ranks(training: Training) -> Row:
     nodes = {name: [cores for other, cores in places if other == name] for name, _ in places}
     return {
         "ranks": comm.size,
+        "jobs": 1,
         "nodes": len(nodes),
         "grid": "×".join(map(str, grid.grid_shape)),
         "patches_per_rank": max(grid.counts),
@@ -103,20 +106,38 @@ def efficiency(row: Row, least: Row) -> float:
 def add_efficiencies(rows: list[Row]) -> None:
     """Compare every row with that of the fewest ranks in its round."""
     for row in rows:
-        peers = [other for other in rows if (other["verb"], other["round"]) == (row["verb"], row["round"])]
+        peers = [other for other in rows if (other["verb"], other["round"], other["jobs"]) == (row["verb"], row["round"], 1)]
         row["efficiency"] = efficiency(row, min(peers, key=lambda other: other["ranks"]))
+
+
+def launch_jobs(ranks: int, jobs: int, args: argparse.Namespace, folder: Path) -> list[Row]:
+    """The rows of some ranks, or of as many jobs side by side: their slowest, column by column."""
+
+    def start(job: int) -> list[Row]:
+        (own := folder / str(job)).mkdir(exist_ok=True)
+        printed = launch(ranks, __file__, *sys.argv[1:], "--worker", str(own), threads=args.threads)
+        found: list[Row] = json.loads(printed.splitlines()[-1])
+        return found
+
+    with ThreadPoolExecutor(jobs) as pool:
+        every = list(pool.map(start, range(jobs)))
+    return [
+        {**same[0], "jobs": jobs, **{key: max(row[key] for row in same) for key in (*SPENT, "total")}}
+        for same in zip(*every, strict=True)
+    ]
 
 
 def run(args: argparse.Namespace) -> None:
     """Let the numbers of ranks take turns, with a report of what there is after every launch."""
     rows: list[Row] = []
     args.folder.mkdir(parents=True, exist_ok=True)
-    path, page = stem(f"scaling_{args.mode}", args.output), ""
+    only = "".join(f"-{verb}" for verb in args.verb if len(args.verb) == 1)
+    path, page = stem(f"scaling_{args.mode}{only}", args.output), ""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for i in range(args.rounds):
-            for ranks in args.ranks:
-                printed = launch(ranks, __file__, *sys.argv[1:], "--worker", folder, threads=args.threads)
-                rows += [{"round": i, **row} for row in json.loads(printed.splitlines()[-1])]
+            alone = args.mode == "weak" and "SLURM_JOB_ID" not in os.environ
+            for ranks, jobs in [(n, 1) for n in args.ranks] + [(1, n) for n in args.ranks if alone and n > 1]:
+                rows += [{"round": i, **row} for row in launch_jobs(ranks, jobs, args, Path(folder))]
                 print(*rows[-len(args.verb) :], sep="\n", flush=True)
                 add_efficiencies(rows)
                 write_rows(path.with_suffix(".csv"), rows)

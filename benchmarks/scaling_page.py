@@ -19,7 +19,8 @@ Seconds of the slowest rank, medians over the steps, then over the rounds; every
 transformer over all tokens, which is sharded from 1024 tokens on, and repeated by every rank below, as the optimiser always is.
 halo: exchange of halos, and of the moving tiling. gather: of tokens, and its adjoint. sums: of gradients, loss and flags, as
 far as the backward pass does not hide them. These three with waiting. I/O: reading the batch; for an evaluation its share of
-writing a sample. compute: what is left."""
+writing a sample. compute: what is left. Several jobs run side by side, without
+knowing of each other, each on a grid of its own."""
 
 Row = dict[str, Any]
 
@@ -37,16 +38,16 @@ def write_page(rows: list[Row], args: argparse.Namespace, path: Path) -> str:
 def medians(rows: list[Row]) -> list[Row]:
     """One row for every verb and number of ranks: the medians over the rounds, and all efficiencies."""
     joined = []
-    for verb, ranks in dict.fromkeys((row["verb"], row["ranks"]) for row in rows):
-        mine = [row for row in rows if (row["verb"], row["ranks"]) == (verb, ranks)]
+    for kind in dict.fromkeys((row["verb"], row["ranks"], row["jobs"]) for row in rows):
+        mine = [row for row in rows if (row["verb"], row["ranks"], row["jobs"]) == kind]
         middle = {key: statistics.median(row[key] for row in mine) for key in (*SPENT, "total", "efficiency")}
         joined.append({**mine[0], **middle, "efficiencies": [row["efficiency"] for row in mine]})
-    return sorted(joined, key=lambda row: (row["verb"] != "train", row["ranks"]))
+    return sorted(joined, key=lambda row: (row["verb"] != "train", row["jobs"], row["ranks"]))
 
 
 def report(rows: list[Row], args: argparse.Namespace, rounds: int, plotted: str) -> str:
     """The Markdown page."""
-    named = ("verb", "ranks", "nodes", "grid", "patches_per_rank", "threads")
+    named = ("verb", "ranks", "jobs", "nodes", "grid", "patches_per_rank", "threads")
     titles = [key.replace("_", " ").replace("io", "I/O") for key in (*named, *SPENT)]
     cells = [
         [row[key] for key in named]
@@ -72,7 +73,7 @@ def report(rows: list[Row], args: argparse.Namespace, rounds: int, plotted: str)
 
 def bars(rows: list[Row]) -> list[tuple[str, str, str]]:
     """What the efficiency of two ranks has to be."""
-    found = {(row["verb"], row["ranks"]): row for row in rows if row["threads"] == 1}
+    found = {(row["verb"], row["ranks"]): row for row in rows if row["threads"] == row["jobs"] == 1}
     lines = []
     for verb in dict.fromkeys(row["verb"] for row in rows):
         measured = (verb, 1) in found and (verb, 2) in found
@@ -92,7 +93,7 @@ def plot(rows: list[Row], path: Path) -> None:
     verbs = list(dict.fromkeys(row["verb"] for row in rows))
     figure, axes = pyplot.subplots(1, len(verbs) + 1, figsize=(4 * len(verbs) + 4, 3.6), layout="constrained")
     for verb, left in zip(verbs, axes, strict=False):
-        mine = [row for row in rows if row["verb"] == verb]
+        mine = [row for row in rows if row["verb"] == verb and row["jobs"] == 1]
         ranks, floor = [str(row["ranks"]) for row in mine], [0.0] * len(mine)
         for name in SPENT:
             left.bar(ranks, [row[name] for row in mine], bottom=floor, label=name)

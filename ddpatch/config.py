@@ -213,13 +213,15 @@ class ExecutionConfig:
     lets a training choose it: all if they fit into memory, else the fastest of measured groups (:mod:`ddpatch.tuning`).
     ``precision`` of the features of the fine level is ``full``, that of ``train.dtype``, or ``bfloat16``; weights, fields, the
     coarse level and all sums are of ``train.dtype`` anyway. ``coarse`` is ``replicated``: every rank transforms the tokens of all
-    patches; ``sharded``: those of its own, with keys and values gathered; ``auto`` decides by the number of tokens.
+    patches; ``sharded``: those of its own, with keys and values gathered; ``auto`` decides by the number of tokens. ``compile``
+    lets torch translate encoder and decoder into code for this device when they first run.
     """
 
     patches_at_once: int | None = None
     tune: bool = False
     precision: str = "full"
     coarse: str = "auto"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         most = self.patches_at_once

@@ -1,17 +1,20 @@
-"""How a configuration is executed: whether it can be with these patches on this device, and what becomes of freed memory."""
+"""How a configuration is executed: whether it can be with these patches on this device, compiled code, and freed memory."""
 
 from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import torch
 
-from ddpatch.config import Config
+from ddpatch.config import Config, ExecutionConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
+from ddpatch.model.two_level import TwoLevelModel
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as x86 and ARM processors name it
@@ -53,6 +56,42 @@ def computes_bfloat16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     described = Path("/proc/cpuinfo")
     return described.exists() and not BFLOAT16.isdisjoint(described.read_text().split())
+
+
+def check_compiler(config: Config, device: torch.device) -> None:
+    """Raise a UserError if code is to be compiled, and this rank's machine lacks what that takes."""
+    if not config.execution.compile:
+        return
+    compiler = os.environ.get("CXX", "g++")
+    found = {f"the C++ compiler {compiler} (CXX names another)": shutil.which(compiler) is not None}
+    if device.type == "cuda":
+        found["the package triton"] = importlib.util.find_spec("triton") is not None
+    for what, there in found.items():
+        if not there:
+            raise UserError(f"execution.compile: expected false, got true: {os.uname().nodename} lacks {what}")
+
+
+def compile_fine_level(model: TwoLevelModel, execution: ExecutionConfig) -> None:
+    """Let torch compile encoder and decoder when they first run: pointwise operations are fused, which saves passes over memory.
+
+    What is compiled is kept in ``ddpatch/compiled`` of the user's cache folder, where ``TORCHINDUCTOR_CACHE_DIR`` names no other.
+    Graphs are made anew in every process: torch would keep them as pickles.
+    """
+    if not execution.compile or next(model.parameters()).device.type == "meta":
+        return
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    functorch.enable_autograd_cache = inductor.fx_graph_cache = False
+    inductor.compile_threads = 1  # no pool of processes beside MPI
+    for part in (model.encoder, model.decoder):
+        part.compile(dynamic=False)
+
+
+def cache_folder() -> Path:
+    """``ddpatch`` in the user's cache folder."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpatch"
 
 
 def keep_freed_memory(device: torch.device, at_once: int | None = None) -> None:

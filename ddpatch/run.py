@@ -216,7 +216,8 @@ def dtype(config: Config) -> torch.dtype:
 def make_optimiser(config: Config, model: TwoLevelModel) -> torch.optim.Optimizer:
     """The optimiser of all weights."""
     if config.train.optimiser == "adam":
-        return torch.optim.Adam(model.parameters(), lr=config.train.learning_rate, betas=(0.9, 0.99))
+        fused = next(model.parameters()).device.type in ("cpu", "cuda")  # and not on meta
+        return torch.optim.Adam(model.parameters(), lr=config.train.learning_rate, betas=(0.9, 0.99), fused=fused)
     return Muon(model.named_parameters(), config.train.learning_rate, adam=("embed.", "decoder.out.", ".centre"))
 
 

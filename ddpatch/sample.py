@@ -15,7 +15,14 @@ from ddpatch import __version__
 from ddpatch.config import Config
 from ddpatch.diffusion.solvers import Denoise, make_solver
 from ddpatch.errors import Left, UserError
-from ddpatch.execution import check_groups, check_precision, fit_groups, keep_freed_memory
+from ddpatch.execution import (
+    check_compiler,
+    check_groups,
+    check_precision,
+    compile_fine_level,
+    fit_groups,
+    keep_freed_memory,
+)
 from ddpatch.io import checkpoint
 from ddpatch.io.seal import read_seal
 from ddpatch.io.volume import VolumeHeader
@@ -97,9 +104,11 @@ class Sampler:
             self.config = fit_groups(self.config, self.decomposition)
         check_groups(self.config, self.decomposition)
         check_precision(self.config, self.device)
+        check_compiler(self.config, self.device)
         self.coupling = Exchange(self.decomposition, comm, self.config.model.reach)
         self.model = make_model(self.config, self.field)
         checkpoint.restore_weights(self.model, state["ema"], path)
+        compile_fine_level(self.model, self.config.execution)
         self.lag: Lag[Message] | None = Lag() if self.config.sample.lagged else None
         self.denoise = make_denoiser(self.config, self.field, self.model.to(self.device).eval(), self.coupling, self.lag)
 

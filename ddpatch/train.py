@@ -7,7 +7,7 @@ from pathlib import Path
 from ddpatch.config import Config
 from ddpatch.data.fields import FieldFile
 from ddpatch.errors import Left
-from ddpatch.execution import check_groups, check_precision
+from ddpatch.execution import check_compiler, check_groups, check_precision
 from ddpatch.io import checkpoint
 from ddpatch.io.volume import replace_when_complete
 from ddpatch.log import Log, Progress, forget_rows
@@ -48,12 +48,14 @@ def train(
     with Notice(time_limit) as notice, FieldFile(config.data.path, config.data.name, config.data.axes) as file:
         config = resolve(config, file)
         check_groups(config, decompose(config, comm.size // replicas(config, comm.size)))
-        check_precision(config, comm.place(config.parallel.device, config.parallel.share_device))
+        device = comm.place(config.parallel.device, config.parallel.share_device)
+        check_precision(config, device)
+        check_compiler(config, device)
         origin, state = checkpoint.load_latest(folder, comm) if comm.broadcast(checkpoint.find_all(folder)) else (folder, None)
         if state:
             check_same_run(config, state, folder)
         field = Field.from_state(state["statistics"], origin) if state else measure_field(config, file, comm)
-        config = choose_groups(config, file.header, field, comm, comm.place(config.parallel.device, config.parallel.share_device))
+        config = choose_groups(config, file.header, field, comm, device)
         training = Training(config, file, field, comm, notice)
         if state:
             training.restore(state, origin)

@@ -16,7 +16,7 @@ from ddpatch.decomposition import block_range
 from ddpatch.diffusion.average import AveragedModel
 from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.errors import UserError
-from ddpatch.execution import keep_freed_memory
+from ddpatch.execution import compile_fine_level, keep_freed_memory
 from ddpatch.io import checkpoint
 from ddpatch.notice import Notice
 from ddpatch.parallel.collectives import Exchange
@@ -65,6 +65,7 @@ class Training:
         self.average = AveragedModel(self.model, config.train.ema)
         self.optimiser = make_optimiser(config, self.model)
         self.denoiser = make_denoiser(config, field, self.model, self.coupling)
+        compile_fine_level(self.model, config.execution)
         self.batches = PatchBatches(
             file,
             training_samples(config, file),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import torch
 from ddpatch.config import Config
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
-from ddpatch.execution import with_groups
+from ddpatch.execution import cache_folder, with_groups
 from ddpatch.io.volume import VolumeHeader, replace_when_complete
 from ddpatch.machine import free_memory, spare_share
 from ddpatch.parallel.collectives import Exchange
@@ -135,7 +134,7 @@ def processor() -> str:
 
 def cache_path() -> Path:
     """``ddpatch/groups.json`` in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpatch" / "groups.json"
+    return cache_folder() / "groups.json"
 
 
 def read_cache(path: Path) -> dict[str, float]:

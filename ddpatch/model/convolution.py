@@ -14,7 +14,8 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[batch, inputs, *points]`` to ``[batch, outputs, *points]``."""
-        return self._conv_forward(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        return map_points(x, weight, bias) if weight[0, 0].numel() == 1 else self._conv_forward(x, weight, bias)
 
 
 class Conv3d(nn.Conv3d):
@@ -23,6 +24,8 @@ class Conv3d(nn.Conv3d):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[batch, inputs, *points]`` to ``[batch, outputs, *points]``."""
         weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if weight[0, 0].numel() == 1:
+            return map_points(x, weight, bias)
         if not pays_in_halves(x, weight):
             return self._conv_forward(x, weight, bias)
         assert not isinstance(self.padding, str)
@@ -33,6 +36,20 @@ class Conv3d(nn.Conv3d):
 
 CONV: dict[int, type[Conv2d] | type[Conv3d]] = {2: Conv2d, 3: Conv3d}
 CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def map_points(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A convolution whose kernel is one point, as the matrix product that it is where channels are last in memory.
+
+    Arguments:
+        x: Shape ``[batch, inputs, *points]``.
+        weight: Shape ``[outputs, inputs, 1, (1,) 1]``.
+        bias: Shape ``[outputs]``.
+
+    Returns:
+        Shape ``[batch, outputs, *points]``, channels last.
+    """
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

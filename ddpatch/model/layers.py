@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.model.convolution import CHANNELS_LAST, CONV
+from ddpatch.model.convolution import CONV
 
 
 class Linear(nn.Linear):
@@ -115,21 +115,38 @@ def refine(x: Tensor, wraps: bool = False) -> Tensor:
     """Linear interpolation of cell values to half the spacing, extrapolated to the rim: exact for linear functions.
 
     Arguments:
-        x: Shape ``[batch, channel, *points]``; twice as many points come out on every axis.
+        x: Shape ``[batch, channel, *points]``; twice as many points come out on every axis, channels last in memory.
         wraps: Whether the points close on themselves, so that there is no rim.
     """
     if wraps:
         return crop(refine(F.pad(x, [1] * 2 * (x.ndim - 2), mode="circular")), 2)
-    for axis in range(2, x.ndim):
-        x = (x.movedim(axis, -1) @ _halving(x.shape[axis]).to(x)).movedim(-1, axis)
-    return x.contiguous(memory_format=CHANNELS_LAST[x.ndim - 2])
+    x = x.movedim(1, -1)
+    for axis in range(1, x.ndim - 1):
+        x = along(x, axis, _halving(x.shape[axis]))
+    return x.movedim(-1, 1)
+
+
+def along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
+    """y(.., j, ..) = Σ_i x(.., i, ..) M(i, j) along one axis, without a copy of what lies in memory in the order of its axes.
+
+    Arguments:
+        x: Shape ``[*before, i, *behind]``.
+        axis: Number of the axis.
+        matrix: M, with shape ``[i, j]``.
+
+    Returns:
+        Shape ``[*before, j, *behind]``, contiguous.
+    """
+    matrix = matrix.to(x)
+    if axis == x.ndim - 1:
+        return x @ matrix
+    before, behind = x.shape[:axis], x.shape[axis + 1 :]
+    return (matrix.T @ x.reshape(before.numel(), x.shape[axis], behind.numel())).view(*before, -1, *behind)
 
 
 def crop(x: Tensor, width: int) -> Tensor:
     """Take ``width`` points off every side of ``[batch, channel, *points]``."""
-    for axis in range(2, x.ndim):
-        x = x.narrow(axis, width, x.shape[axis] - 2 * width)
-    return x
+    return F.pad(x, [-width] * 2 * (x.ndim - 2))  # slices would have gradients with channels first
 
 
 def _halving(cells: int) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddpatch.model.convolution import convolve
+from ddpatch.model.convolution import CHANNELS_LAST, convolve
 
 
 class StencilConvolution(nn.Module):
@@ -58,7 +58,8 @@ class StencilConvolution(nn.Module):
             sigma: Shape ``[sample]``.
 
         Returns:
-            Shape ``[sample * patch, outputs, *(points - 2)]``.
+            Shape ``[sample * patch, outputs, *(points - 2)]``, channels last in memory.
         """
-        kernels = self.kernels(sigma)
-        return torch.cat([convolve(x, kernel, self.bias) for x, kernel in zip(windows, kernels, strict=True)])
+        kernels, last = self.kernels(sigma), CHANNELS_LAST[windows.ndim - 3]
+        samples = (x.contiguous(memory_format=last) for x in windows)
+        return torch.cat([convolve(x, kernel, self.bias) for x, kernel in zip(samples, kernels, strict=True)])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.convolution import CONV
+from ddpatch.model.layers import along
 
 
 class Restriction(nn.Module):
@@ -60,7 +61,7 @@ class Restriction(nn.Module):
         for axis, (points, q, most) in enumerate(zip(windows.shape[3:], self.shape, overlap, strict=True), start=3):
             kernel = weighting((points - 2 * margin) // q, most)
             cells.append(kernel)
-            means = (means.movedim(axis, -1) @ averages(kernel, points, margin, q).to(means)).movedim(-1, axis)
+            means = along(means, axis, averages(kernel, points, margin, q))
         scale = mean_scale(sigma, cells).view(-1, *(1,) * (windows.ndim - 1))
         return torch.cat([features, means * scale], dim=2).flatten(3).transpose(2, 3)
 
@@ -101,14 +102,14 @@ def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]
         patches: Global numbers of the patches.
 
     Returns:
-        Shape ``[sample, patch, channel, *patch_shape]``.
+        Shape ``[sample, patch, channel, *patch_shape]``, channels last in memory.
     """
-    framed = frame(canvas.movedim(-1, 1), decomposition.periodic)
+    framed = frame(canvas.movedim(-1, 1), decomposition.periodic).movedim(1, -1)
     per_patch = [n // g for n, g in zip(canvas.shape[1:-1], decomposition.patch_grid, strict=True)]
     points = own_boxes(framed, decomposition, patches, per_patch, ring=2)
-    for axis, (n, q) in enumerate(zip(decomposition.patch_shape, per_patch, strict=True), start=3):
-        points = (points.movedim(axis, -1) @ interpolation(q, n // q).to(points)).movedim(-1, axis)
-    return points
+    for axis, (n, q) in enumerate(zip(decomposition.patch_shape, per_patch, strict=True), start=2):
+        points = along(points, axis, interpolation(q, n // q))
+    return points.movedim(-1, 2)
 
 
 def weighting(cell: int, overlap: int) -> Tensor:
@@ -199,19 +200,19 @@ def own_boxes(canvas: Tensor, decomposition: Decomposition, patches: Sequence[in
     """The tokens of some patches, and ``ring`` more at the end of every axis.
 
     Arguments:
-        canvas: Tokens in place, with shape ``[sample, feature, *token_grid]``.
+        canvas: Tokens in place, with shape ``[sample, *token_grid, feature]``.
         decomposition: The grid and its patches.
         patches: Global numbers of the patches.
         q: Tokens per patch, by axis.
         ring: Additional tokens per axis.
 
     Returns:
-        Shape ``[sample, patch, feature, *(q + ring)]``.
+        Shape ``[sample, patch, *(q + ring), feature]``.
     """
     boxes = []
     for patch in patches:
         place = zip(decomposition.position(patch), q, strict=True)
-        box: tuple[Any, ...] = (slice(None), slice(None), *(slice(i * n, i * n + n + ring) for i, n in place))
+        box: tuple[Any, ...] = (slice(None), *(slice(i * n, i * n + n + ring) for i, n in place))
         boxes.append(canvas[box])
     return torch.stack(boxes, dim=1)
 

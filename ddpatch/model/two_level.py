@@ -264,8 +264,8 @@ class TwoLevelModel(nn.Module):
         """The result on a group, N or L u + g N, with shape ``[sample, patch, channel, *patch_shape]``."""
         latent, fine = features.latent, None
         if group.tokens is not None:
-            own = own_boxes(group.tokens.movedim(-1, 1), group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
-            latent = latent + self.prolongation.latent(own.flatten(0, 1).movedim(1, -1), latent.shape[2:]).to(latent)
+            own = own_boxes(group.tokens, group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
+            latent = latent + self.prolongation.latent(own.flatten(0, 1), latent.shape[2:]).to(latent)
         if group.fine is not None:
             fine = splines(group.fine, group.grid, group.patches).flatten(0, 1).to(latent)
         latent = self.bottleneck(latent, group.repeated)

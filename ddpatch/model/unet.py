@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpatch.model.convolution import CHANNELS_LAST, CONV
+from ddpatch.model.convolution import CONV
 from ddpatch.model.layers import Gain, ResidualBlock, crop, refine, zero
 from ddpatch.model.stencil import StencilConvolution
 
@@ -54,7 +54,7 @@ class Stem(nn.Module):
         h = self.stencil(F.pad(windows, pad), sigma)
         if self.place is not None:
             h = h + crop(self.place(F.pad(coordinates, pad)), 1).repeat(samples, *(1,) * (h.ndim - 1))
-        h = h.to(dtype, memory_format=CHANNELS_LAST[h.ndim - 2])  # which whatever is added to it takes over
+        h = h.to(dtype)  # channels last in memory, which whatever is added to it takes over
         for layer in self.layers:
             h = crop(h, 1) + layer(F.silu(h))
         return h
