@@ -24,19 +24,27 @@ CHANNELS = ("u", "v", "w")
 
 @contextmanager
 def open_training(
-    folder: Path, grid: Sequence[int], patch: Sequence[int], model: dict[str, Any], comm: Communicator
+    folder: Path,
+    grid: Sequence[int],
+    patch: Sequence[int],
+    model: dict[str, Any],
+    comm: Communicator,
+    execution: dict[str, Any] | None = None,
 ) -> Iterator[Training]:
-    """Train with the defaults but for the model, one sample per step, on a periodic grid of three channels. Collective.
+    """Train with the defaults but for the model and its execution, one sample per step, on a periodic grid of three channels.
+    Collective.
 
     Arguments:
         folder: For the data; all ranks see it.
         grid, patch: Points per axis.
         model: Keys of the configuration's section.
         comm: All ranks.
+        execution: Likewise.
     """
     path, decomposition = folder / "noise.h5", Decomposition(tuple(grid), tuple(patch), comm.size)
     write(path, noise_patches(decomposition, comm), decomposition, comm, mode="gather")
     tree = {"domain": {"patch": list(patch)}, "data": {"path": str(path)}, "model": model, "train": {"batch": 1}}
+    tree["execution"] = execution or {}
     with FieldFile(path) as file:
         config = resolve(build(tree, "benchmark"), file)
         yield Training(config, file, measure_field(config, file, comm), comm)

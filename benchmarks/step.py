@@ -27,7 +27,7 @@ from reports import command, listed, met, stem, table, write_rows
 
 from ddpatch.config import Config, build
 from ddpatch.diffusion.denoiser import detached_sum
-from ddpatch.execution import computes_bfloat16, keep_freed_memory
+from ddpatch.execution import compile_fine_level, computes_bfloat16, keep_freed_memory
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.log import peak_memory
 from ddpatch.model.two_level import count_parameters
@@ -51,6 +51,7 @@ class Run:
     patches: int
     precision: str = "full"
     at_once: int | None = None
+    compiled: bool = False
 
     def config(self, grid: int) -> Config:
         """Its configuration."""
@@ -59,23 +60,27 @@ class Run:
             "data": {"path": "none"},
             "model": {"coupling": self.coupling},
             "train": {"batch": 1},
-            "execution": {"precision": self.precision, "patches_at_once": self.at_once},
+            "execution": {"precision": self.precision, "patches_at_once": self.at_once, "compile": self.compiled},
         }
         return build(tree, "benchmark")
 
 
-MONOLITH, PATCHES, LOWER, PARALLEL = "monolith", "two-level", "two-level, bfloat16", "two-level, 2 ranks"
+MONOLITH, PATCHES, PARALLEL = "monolith", "two-level", "two-level, 2 ranks"
+LOWER, COMPILED, WHOLE_COMPILED = "two-level, bfloat16", "two-level, bfloat16, compiled", "monolith, compiled"
 RUNS = {
     MONOLITH: Run(1, "halo", 1),
     "monolith, bfloat16": Run(1, "halo", 1, "bfloat16"),
     PATCHES: Run(1, "two-level", 2),
     "two-level, a patch at a time": Run(1, "two-level", 2, "full", 1),
     LOWER: Run(1, "two-level", 2, "bfloat16"),
+    COMPILED: Run(1, "two-level", 2, "bfloat16", compiled=True),
+    WHOLE_COMPILED: Run(1, "halo", 1, compiled=True),
     PARALLEL: Run(2, "two-level", 2),
 }
 RATIOS = (  # one run over another, and the bar
     (PATCHES, MONOLITH, 1.0),
     (LOWER, MONOLITH, 0.5),
+    (COMPILED, WHOLE_COMPILED, 0.5),
     (PARALLEL, PATCHES, 1 / 1.8),
 )
 
@@ -88,8 +93,9 @@ def measure(run: Run, grid: int, steps: int) -> Row:
     header = VolumeHeader(1, ("u", "v", "w"), (grid,) * 3, (1.0,) * 3, (True,) * 3)
     field, exchange = white_field(config, header), Exchange(decompose(config, comm.size), comm, config.model.reach)
     network = make_model(config, field)
-    denoiser, optimiser = make_denoiser(config, field, network, exchange), torch.optim.Adam(network.parameters())
+    denoiser, optimiser = make_denoiser(config, field, network, exchange), torch.optim.Adam(network.parameters(), fused=True)
     gradients = GradientSum(network.parameters(), comm)
+    compile_fine_level(network, config.execution)
     clean, noise = torch.randn(2, 1, len(exchange.patches), len(field.channels), *config.domain.patch)
     seconds, communication = [], []
     for _ in range(steps + 1):

@@ -17,6 +17,7 @@ from ddpatch.errors import UserError
 from ddpatch.model.two_level import TwoLevelModel
 
 MMAP_MAX, TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
+CODE_FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # as x86 and ARM processors name it
 
 
@@ -74,15 +75,17 @@ def check_compiler(config: Config, device: torch.device) -> None:
 def compile_fine_level(model: TwoLevelModel, execution: ExecutionConfig) -> None:
     """Let torch compile encoder and decoder when they first run: pointwise operations are fused, which saves passes over memory.
 
-    What is compiled is kept in ``ddpatch/compiled`` of the user's cache folder, where ``TORCHINDUCTOR_CACHE_DIR`` names no other.
+    What is compiled is kept in ``ddpatch/compiled`` of the user's cache folder, where :data:`CODE_FOLDER` names no other.
     Graphs are made anew in every process: torch would keep them as pickles.
     """
     if not execution.compile or next(model.parameters()).device.type == "meta":
         return
     from torch._functorch import config as functorch
     from torch._inductor import config as inductor
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    if os.environ.get(CODE_FOLDER) in (None, default_cache_dir()):  # in /tmp, which is no place for code to be loaded from
+        os.environ[CODE_FOLDER] = str(cache_folder() / "compiled")
     functorch.enable_autograd_cache = inductor.fx_graph_cache = False
     inductor.compile_threads = 1  # no pool of processes beside MPI
     for part in (model.encoder, model.decoder):

@@ -47,7 +47,7 @@ def group_by_group(function: Callable[..., Tensor], groups: Sequence[Sequence[An
     Arguments:
         function: From the members of a group to ``[sample, patch of the group, ...]``, the same numbers whenever it is called.
             It must not communicate, for ranks have different numbers of groups.
-        groups: One or more; the tensors among their members may need gradients.
+        groups: One or more; the tensors among their members may need gradients. The first has shape ``[sample, patch, ...]``.
         parameters: What ``function`` depends on besides, and more.
 
     Returns:
@@ -55,5 +55,17 @@ def group_by_group(function: Callable[..., Tensor], groups: Sequence[Sequence[An
     """
     if len(groups) == 1:
         return function(*groups[0])
+    if not torch.is_grad_enabled():
+        return _fill(function, groups)
     shared = list(parameters)
     return torch.cat([_Recomputed.apply(function, len(group), *group, *shared) for group in groups], dim=1)
+
+
+def _fill(function: Callable[..., Tensor], groups: Sequence[Sequence[Any]]) -> Tensor:
+    """The results of all groups in one tensor, beside which those of one group live: no second copy of what is like the field."""
+    sizes = [next(x.shape[1] for x in group if isinstance(x, Tensor)) for group in groups]
+    first = function(*groups[0])
+    filled = first.new_empty(len(first), sum(sizes), *first.shape[2:])
+    for i, part in enumerate(filled.split(sizes, dim=1)):
+        part.copy_(function(*groups[i]) if i else first)
+    return filled

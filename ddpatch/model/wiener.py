@@ -110,7 +110,10 @@ class LinearPart(nn.Module):
         """
         grid = means.shape[1:-1]
         dims = tuple(range(1, 1 + len(grid)))
-        waves, (levels, which) = self.waves(grid), sigma.unique(return_inverse=True)
+        levels, which = sigma, torch.arange(len(sigma), device=sigma.device)
+        if not torch.is_grad_enabled():  # those of a training differ, and the host would wait for their number
+            levels, which = sigma.unique(return_inverse=True)
+        waves = self.waves(grid)
         gains = torch.stack([self._gain(level, waves)[0] for level in levels])
         found = torch.einsum("s...ab,s...b->s...a", gains[which], torch.fft.rfftn(means, dim=dims))
         return torch.fft.irfftn(found, s=grid, dim=dims)
