@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ ENCODER_AND_DECODER = 2
 
 @pytest.fixture
 def graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """How many of what torch compiled in this test, into a cache of its own."""
+    """How many of what torch compiled in this test, into a cache of its own; compilers have five minutes on a slow machine."""
+    faulthandler.dump_traceback_later(300, exit=True)  # in place of that of pytest, which ends it with the test
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     torch.compiler.reset()
     counters.clear()
