@@ -28,7 +28,8 @@ ENCODER_AND_DECODER = 2
 @pytest.fixture
 def graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How many of what torch compiled in this test, into a cache of its own; compilers have five minutes on a slow machine."""
-    faulthandler.dump_traceback_later(300, exit=True, file=sys.__stderr__)  # in place of that of pytest, which ends it with the test
+    assert sys.__stderr__ is not None
+    faulthandler.dump_traceback_later(300, exit=True, file=sys.__stderr__)  # pytest ends it with the test
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     torch.compiler.reset()
     counters.clear()
