@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ def check_compiler(config: Config, device: torch.device) -> None:
         return
     compiler = os.environ.get("CXX", "g++")
     found = {f"the C++ compiler {compiler} (CXX names another)": shutil.which(compiler) is not None}
+    found["the headers of Python"] = Path(sysconfig.get_path("include"), "Python.h").exists()
     if device.type == "cuda":
         found["the package triton"] = importlib.util.find_spec("triton") is not None
     for what, there in found.items():
