@@ -1,6 +1,6 @@
 """What two choices of execution are worth on a processor: keeping freed memory, and convolving one small patch in halves.
 
-    python benchmarks/choices.py                # about 5 minutes; needs a core to itself
+    python benchmarks/choices.py                # three minutes; needs a core to itself
     python benchmarks/choices.py --grid 128     # about 15 minutes
 
 Training steps with all patches of 32³ together and one at a time, as they are, and with an environment that tells the C library
