@@ -1,7 +1,7 @@
 """What two choices of execution are worth on a processor: keeping freed memory, and convolving one small patch in halves.
 
     python benchmarks/choices.py                # three minutes; needs a core to itself
-    python benchmarks/choices.py --grid 128     # about 15 minutes
+    python benchmarks/choices.py --grid 128
 
 Training steps with all patches of 32³ together and one at a time, as they are, and with an environment that tells the C library
 something without effect (``MALLOC_PERTURB_=0``), so that it is left as it is (ddpatch/execution.py). Then forward and backward

@@ -1,6 +1,6 @@
 """A training step on one device, held against what the device can do: products of matrices, and copies of memory.
 
-    python benchmarks/device.py                                                    # one GPU with 80 GB: a few minutes
+    python benchmarks/device.py                                                    # meant for a GPU with 80 GB
     python benchmarks/device.py --patch 32 --patches 8 --channels 32 64 128        # a processor with one thread
 
 Whole steps of the optimiser (:meth:`ddpatch.training.Training.advance`) on a row of patches of white noise, on the GPU if there

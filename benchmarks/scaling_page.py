@@ -19,8 +19,8 @@ Seconds of the slowest rank, medians over the steps, then over the rounds; every
 transformer over all tokens, which is sharded from 1024 tokens on, and repeated by every rank below, as the optimiser always is.
 halo: exchange of halos, and of the moving tiling. gather: of tokens, and its adjoint. sums: of gradients, loss and flags, as
 far as the backward pass does not hide them. These three with waiting. I/O: reading the batch; for an evaluation its share of
-writing a sample. compute: what is left. Several jobs run side by side, without
-knowing of each other, each on a grid of its own."""
+writing a sample. compute: what is left. Several jobs run side by side, without knowing of each
+other, each on a grid of its own."""
 
 Row = dict[str, Any]
 

@@ -101,7 +101,7 @@ def cache_folder() -> Path:
 
 def keep_freed_memory(device: torch.device, at_once: int | None = None) -> None:
     """Let the C library keep what is freed, since the next step needs it again: else every large array is mapped and zeroed
-    anew, a fifth to a quarter of a step on a processor.
+    anew, a sixth of a step at 64³ on a processor (docs/decisions/0015).
 
     Arguments:
         device: This rank's.
