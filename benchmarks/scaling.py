@@ -27,7 +27,7 @@ from launch import launch
 from problem import noise_patches, open_training, write
 from reports import RESULTS, stem, write_rows
 from scaling_page import write_page
-from timing import SPENT, measure
+from timing import MEASURED, measure
 
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
@@ -122,8 +122,7 @@ def launch_jobs(ranks: int, jobs: int, args: argparse.Namespace, folder: Path) -
     with ThreadPoolExecutor(jobs) as pool:
         every = list(pool.map(start, range(jobs)))
     return [
-        {**same[0], "jobs": jobs, **{key: max(row[key] for row in same) for key in (*SPENT, "total")}}
-        for same in zip(*every, strict=True)
+        {**same[0], "jobs": jobs, **{key: max(row[key] for row in same) for key in MEASURED}} for same in zip(*every, strict=True)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from hardware import describe
 from reports import command, listed, met, table
-from timing import SPENT
+from timing import MEASURED, SPENT, WARM_UP
 
 BAR = 0.95
 ABOUT = """\
@@ -19,8 +19,8 @@ Seconds of the slowest rank, medians over the steps, then over the rounds; every
 transformer over all tokens, which is sharded from 1024 tokens on, and repeated by every rank below, as the optimiser always is.
 halo: exchange of halos, and of the moving tiling. gather: of tokens, and its adjoint. sums: of gradients, loss and flags, as
 far as the backward pass does not hide them. These three with waiting. I/O: reading the batch; for an evaluation its share of
-writing a sample. compute: what is left. Several jobs run side by side, without knowing of each
-other, each on a grid of its own."""
+writing a sample. compute: what is left. page faults: in a step; a thousand are 4 MB that the C library had not kept from
+earlier steps. Several jobs run side by side, without knowing of each other, each on a grid of its own."""
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ def medians(rows: list[Row]) -> list[Row]:
     joined = []
     for kind in dict.fromkeys((row["verb"], row["ranks"], row["jobs"]) for row in rows):
         mine = [row for row in rows if (row["verb"], row["ranks"], row["jobs"]) == kind]
-        middle = {key: statistics.median(row[key] for row in mine) for key in (*SPENT, "total", "efficiency")}
+        middle = {key: statistics.median(row[key] for row in mine) for key in (*MEASURED, "efficiency")}
         joined.append({**mine[0], **middle, "efficiencies": [row["efficiency"] for row in mine]})
     return sorted(joined, key=lambda row: (row["verb"] != "train", row["jobs"], row["ranks"]))
 
@@ -52,7 +52,12 @@ def report(rows: list[Row], args: argparse.Namespace, rounds: int, plotted: str)
     cells = [
         [row[key] for key in named]
         + [f"{row[key]:.4f}" for key in (*SPENT, "total")]
-        + [f"{row['efficiency']:.3f}", listed(row["efficiencies"]), "yes" if row["oversubscribed"] else "no"]
+        + [
+            f"{row['faults']:.0f}",
+            f"{row['efficiency']:.3f}",
+            listed(row["efficiencies"]),
+            "yes" if row["oversubscribed"] else "no",
+        ]
         for row in rows
     ]
     lines = [
@@ -61,10 +66,10 @@ def report(rows: list[Row], args: argparse.Namespace, rounds: int, plotted: str)
         f"{describe(args.threads)}. `{command()}`",
         "",
         f"U-Net {'-'.join(map(str, args.channels))}, otherwise the defaults; patches of {args.patch}³, 3 channels, batch 1;",
-        f"{args.steps} steps after one that is not counted, {rounds} rounds in which all numbers of ranks took turns.",
+        f"{args.steps} steps after {WARM_UP} that are not counted, {rounds} rounds in which all numbers of ranks took turns.",
         ABOUT,
         "",
-        *table((*titles, "total", "efficiency", "of every round", "oversubscribed"), cells),
+        *table((*titles, "total", "page faults", "efficiency", "of every round", "oversubscribed"), cells),
         *table(("bar: one to two ranks, one thread each", "found", "met"), bars(rows)),
         f"![Seconds and efficiency]({plotted})",
     ]

@@ -5,6 +5,7 @@ Times of kinds of communication are those between call and return: on a GPU they
 
 from __future__ import annotations
 
+import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from ddpatch.training import Training
 
 KINDS = {"halo": ("halo", "roll"), "gather": ("allgather", "reduce_scatter"), "sums": ("allreduce", "union")}
 SPENT = ("compute", "coarse", *KINDS, "io")
+MEASURED = (*SPENT, "total", "faults")
+WARM_UP = 3  # steps, after which the C library's memory is all there: every array of features that it lacks is a page fault
 
 
 class Stopwatch:
@@ -37,18 +40,23 @@ class Stopwatch:
 def measure(step: Callable[[], object], training: Training, steps: int) -> dict[str, float]:
     """Median over the steps of the most seconds of any rank, in all and for every name in :data:`SPENT`. Collective.
 
-    One step before them is not counted. Each entry has its own slowest rank, so that they need not add up to ``total``.
+    :data:`WARM_UP` steps before them are not counted. Each entry has its own slowest rank, so that they need not add up to
+    ``total``. ``faults``: pages that the kernel had to find for a rank in a step.
     """
     watch, found = Stopwatch(training.model.coarse), []
-    for _ in range(1 + steps):
+    for _ in range(WARM_UP + steps):
         training.comm.barrier()
-        before, start = _spent(training, watch), time.perf_counter()
+        before, faults, start = _spent(training, watch), _faults(), time.perf_counter()
         step()
-        total = time.perf_counter() - start
+        total, faults = time.perf_counter() - start, _faults() - faults
         row = {name: seconds - before[name] for name, seconds in _spent(training, watch).items()}
-        ranks = training.comm.gather({**row, "compute": total - sum(row.values()), "total": total})
+        ranks = training.comm.gather({**row, "compute": total - sum(row.values()), "total": total, "faults": faults})
         found.append({key: max(rank[key] for rank in ranks) for key in ranks[0]})
-    return {key: statistics.median(row[key] for row in found[1:]) for key in (*SPENT, "total")}
+    return {key: statistics.median(row[key] for row in found[WARM_UP:]) for key in MEASURED}
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _spent(training: Training, watch: Stopwatch) -> dict[str, float]:

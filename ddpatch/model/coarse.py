@@ -89,7 +89,8 @@ class GeometricAttention(nn.Module):
         where_q, where_k = self._windows(embedding, audience)
         q = torch.cat([F.normalize(q, dim=-1) * scale, where_q], dim=-1)
         k = torch.cat([F.normalize(k, dim=-1), where_k.expand(*k.shape[:2], -1, -1)], dim=-1)
-        padded = F.pad(v, (0, q.shape[-1] - v.shape[-1]))
+        width = -(-q.shape[-1] // 8) * 8  # of a head, with zeros: kernels like multiples of 8, and the same for all three
+        q, k, padded = (F.pad(part, (0, width - part.shape[-1])) for part in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]
         return self.out(rearrange(y, "b h n c -> b n (h c)"))
 
