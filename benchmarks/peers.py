@@ -126,9 +126,8 @@ def measure(contender: Contender, grid: int, steps: int) -> Row:
     clean, noise, sigma = torch.randn(shape), torch.randn(shape), torch.ones(1, dtype=torch.float64)
 
     def step() -> None:
-        losses = denoiser.loss(clean, noise, sigma)
         optimiser.zero_grad(set_to_none=True)
-        (losses.sum() / (CHANNELS * grid**3)).backward()
+        (denoiser.loss(clean, noise, sigma) / (CHANNELS * grid**3)).backward()
         sums.finish()
         optimiser.step()
 

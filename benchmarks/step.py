@@ -16,6 +16,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -26,7 +27,6 @@ from launch import launch
 from reports import command, listed, met, stem, table, write_rows
 
 from ddpatch.config import Config, build
-from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.execution import compile_fine_level, computes_bfloat16, keep_freed_memory
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.log import peak_memory
@@ -37,6 +37,7 @@ from ddpatch.parallel.gradients import GradientSum
 from ddpatch.rehearsal import rehearse, white_field
 from ddpatch.run import decompose, make_denoiser, make_model
 
+WARM_UP = 2  # steps that are not timed
 SIDE, TIMES = 2048, 3  # of the matrices, and of their products
 CPU = torch.device("cpu")
 Row = dict[str, Any]
@@ -98,25 +99,37 @@ def measure(run: Run, grid: int, steps: int) -> Row:
     compile_fine_level(network, config.execution)
     clean, noise = torch.randn(2, 1, len(exchange.patches), len(field.channels), *config.domain.patch)
     seconds, communication = [], []
-    for _ in range(steps + 1):
-        comm.barrier()
-        start, waited = time.perf_counter(), comm.seconds
-        losses = denoiser.loss(clean, noise, torch.ones(1, dtype=torch.float64))
+
+    def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        (losses.sum() / (len(field.channels) * grid**3)).backward()
-        comm.allreduce_(detached_sum(losses)[None])
+        loss = denoiser.loss(clean, noise, torch.ones(1, dtype=torch.float64)) / (len(field.channels) * grid**3)
+        loss.backward()
+        comm.allreduce_(loss.detach()[None])
         gradients.finish()
         optimiser.step()
+
+    for _ in range(WARM_UP + steps):
+        comm.barrier()
+        start, waited = time.perf_counter(), comm.seconds
+        step()
         seconds.append(max(comm.gather(time.perf_counter() - start)))
         communication.append(comm.seconds - waited)
     return {
-        "seconds": statistics.median(seconds[1:]),
-        "communication": statistics.median(communication[1:]),
+        "seconds": statistics.median(seconds[WARM_UP:]),
+        "communication": statistics.median(communication[WARM_UP:]),
+        "convolutions": convolution_seconds(step),
         "memory": max(comm.gather(peak_memory(CPU))),
         "parameters": count_parameters(network),
         "flops": rehearse(config, header, run.ranks).step.flops,
         "peak": measure_peak(torch.bfloat16 if run.precision == "bfloat16" else torch.float32),
     }
+
+
+def convolution_seconds(step: Callable[[], None]) -> float:
+    """Of a step, in convolutions of more than one point, forward and backward. Collective where the step is."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        step()
+    return sum(entry.self_cpu_time_total for entry in seen.key_averages() if "convolution" in entry.key) / 1e6
 
 
 def measure_peak(dtype: torch.dtype) -> float:
@@ -145,6 +158,7 @@ def report(rows: list[Row], grid: int) -> str:
                 "run",
                 "parameters",
                 "s per step",
+                "in convolutions",
                 "kvoxel/s",
                 "GFLOP/s of a rank",
                 "share of the peak",
@@ -156,18 +170,38 @@ def report(rows: list[Row], grid: int) -> str:
             ("ratio of times", "median", "all rounds", "bar", "met"),
             [line(rounds, *ratio) for ratio in RATIOS if {*ratio[:2]} <= set(rounds[0])],
         ),
+        *floor(rounds),
         f"On 2 ranks {statistics.median(waits):.1%} of the step is communication, waiting included.",
     ]
     return "\n".join([*lines, ""])
 
 
+def floor(rounds: list[dict[str, Row]]) -> list[str]:
+    """What convolutions alone gain from bfloat16, where the processor has it."""
+    found = [each[LOWER]["convolutions"] / each[MONOLITH]["convolutions"] for each in rounds if LOWER in each]
+    if not found:
+        return []
+    text = (
+        f"those of the two-level model in bfloat16 take {statistics.median(found):.3f} ({listed(found)}) of the monolith's time."
+    )
+    return [f"Convolutions alone, forward and backward, in a step beside the timed ones: {text}", ""]
+
+
 def cells(rows: list[Row], grid: int) -> list[str]:
     """What the rounds of one run come to."""
-    seconds = statistics.median(r["seconds"] for r in rows)
+    seconds, convolutions = (statistics.median(r[key] for r in rows) for key in ("seconds", "convolutions"))
     rates = statistics.median(r["flops"] / r["seconds"] for r in rows)
     share = statistics.median(r["flops"] / r["seconds"] / r["peak"] for r in rows)
     speed, memory = f"{grid**3 / seconds / 1e3:.1f}", f"{max(r['memory'] for r in rows) / 1e9:.2f}"
-    return [str(rows[0]["parameters"]), f"{seconds:.3f}", speed, f"{rates / 1e9:.1f}", f"{share:.0%}", memory]
+    return [
+        str(rows[0]["parameters"]),
+        f"{seconds:.3f}",
+        f"{convolutions:.3f}",
+        speed,
+        f"{rates / 1e9:.1f}",
+        f"{share:.0%}",
+        memory,
+    ]
 
 
 def line(rounds: list[dict[str, Row]], run: str, other: str, bar: float) -> list[str]:
@@ -181,7 +215,7 @@ def main() -> None:
     """Alternate the runs and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=int, default=64, help="points per axis (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after one that is not (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after two that are not (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="times that every run is made (default %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -32,7 +32,7 @@ from ddpatch.statistics.covariance import Moments
 from ddpatch.training import Training
 
 KEPT = WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
-SAME_MOMENT = 0.1  # of an operation's peak may shrink with more patches
+SAME_MOMENT = 0.1  # of an operation's peak may shrink with more patches, or grow faster than their number
 FEW_GROUPS = (2, 4)  # a rehearsal of more groups is extrapolated from these
 
 
@@ -186,8 +186,10 @@ def spent(training: Rehearsal, ledger: Ledger, action: Callable[[], object]) -> 
 def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:
     """The cost with another number of patches: linear for every part of every operation that both have.
 
-    Where parts shrink with more patches, the two peaks of an operation are of different moments, and say nothing of any other.
+    Where parts shrink with more patches, or grow faster than these, the two peaks of an operation are of different moments, and
+    say nothing of any other.
     """
+    ratio = more.patches / few.patches
 
     def at(a: float, b: float) -> int:
         return round(a + (b - a) * (patches - few.patches) / (more.patches - few.patches))
@@ -195,8 +197,12 @@ def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:
     def each(a: Counter[str], b: Counter[str]) -> Counter[str]:
         return Counter({key: at(a[key], b[key]) for key in a | b})
 
+    def same_moment(a: Counter[str], b: Counter[str]) -> bool:
+        grown = sum(max(0.0, b[part] - ratio * a[part]) for part in b)
+        return (a - b).total() <= SAME_MOMENT * a.total() and grown <= SAME_MOMENT * b.total()
+
     both = {name: (few.peaks[name], parts) for name, parts in more.peaks.items() if name in few.peaks}
-    same = {name: (a, b) for name, (a, b) in both.items() if (a - b).total() <= SAME_MOMENT * a.total()}
+    same = {name: pair for name, pair in both.items() if same_moment(*pair)}
     peaks = {name: each(*pair) for name, pair in (same or both).items()}
     return Cost(patches, peaks, at(few.flops, more.flops), more.calls, each(few.sent, more.sent))
 

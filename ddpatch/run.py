@@ -22,7 +22,7 @@ from ddpatch.diffusion.schedule import Schedule, sigma_range
 from ddpatch.diffusion.weighting import RelativeError, edm
 from ddpatch.errors import UserError
 from ddpatch.model.coupling import Coupling, Lag, OwnPatch
-from ddpatch.model.groups import group_by_group
+from ddpatch.model.groups import Objective, group_by_group, sum_of_groups
 from ddpatch.model.tokens import check_tokens
 from ddpatch.model.two_level import Message, TwoLevelModel
 from ddpatch.model.wiener import LinearPart
@@ -228,21 +228,23 @@ def make_denoiser(
     execution = config.execution
     all_of_group = dataclasses.replace(execution, patches_at_once=None)
 
-    def coupled(x: Tensor, noise: Tensor) -> Tensor:
-        return model(x, noise, coupling, execution, lag)
+    def coupled(x: Tensor, noise: Tensor, objective: Objective | None = None) -> Tensor:
+        return model(x, noise, coupling, execution, lag, objective)
 
-    def alone(x: Tensor, noise: Tensor) -> Tensor:
+    def alone(x: Tensor, noise: Tensor, objective: Objective | None = None) -> Tensor:
         def evaluate(group: Tensor) -> Tensor:
             fields = group.flatten(0, 1)[:, None]
             found = model(fields, noise.repeat_interleave(group.shape[1]), own, all_of_group)
             return found.unflatten(0, group.shape[:2]).squeeze(2)
 
-        groups = x.split(execution.patches_at_once or x.shape[1], dim=1)
-        return group_by_group(evaluate, [(group,) for group in groups], model.parameters())
+        groups = [(group,) for group in x.split(execution.patches_at_once or x.shape[1], dim=1)]
+        if objective is None:
+            return group_by_group(evaluate, groups, model.parameters())
+        return sum_of_groups(evaluate, groups, model.parameters(), objective)
 
     own = OwnPatch(config.domain.patch, config.model.reach)
     network = alone if config.model.paths.alone else coupled
-    return Denoiser(network, edm if config.diffusion.weighting == "edm" else RelativeError(*field.spectrum))
+    return Denoiser(network, edm if config.diffusion.weighting == "edm" else RelativeError(*field.spectrum), network)
 
 
 def check_same_run(config: Config, state: dict[str, Any], folder: Path) -> None:

@@ -14,7 +14,6 @@ from ddpatch.data.batches import PatchBatches
 from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import block_range
 from ddpatch.diffusion.average import AveragedModel
-from ddpatch.diffusion.denoiser import detached_sum
 from ddpatch.errors import UserError
 from ddpatch.execution import compile_fine_level, keep_freed_memory
 from ddpatch.io import checkpoint
@@ -133,11 +132,11 @@ class Training:
         The local loss is the sum over own patches divided by the global element count, so that the sum over ranks is the mean.
         """
         elements = self.config.train.batch * self.decomposition.num_points * clean.shape[2]
-        losses = self.denoiser.loss(clean, noise, sigma)
         self.optimiser.zero_grad(set_to_none=True)
+        loss = self.denoiser.loss(clean, noise, sigma) / elements
         with torch.autograd.set_multithreading_enabled(False):
-            (losses.sum() / elements).backward()
-        return self.comm.allreduce_(detached_sum(losses)[None])[0] / elements
+            loss.backward()
+        return self.comm.allreduce_(loss.detach()[None])[0]
 
     def state(self) -> dict[str, Any]:
         """Everything that continues the run on any number of ranks."""

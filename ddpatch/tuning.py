@@ -104,7 +104,7 @@ def measure(config: Config, at_once: int, share: int, field: Field, alone: Commu
     sigma, seconds = torch.ones(share, dtype=torch.float64, device=device), 0.0
     for _ in range(2):
         start = time.perf_counter()
-        denoiser.loss(clean, torch.randn_like(clean), sigma).sum().backward()
+        denoiser.loss(clean, torch.randn_like(clean), sigma).backward()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - start

@@ -38,7 +38,7 @@ def configured(
 
 
 def gradients(config: Config, comm: Communicator) -> tuple[Tensor, list[Tensor]]:
-    """Losses of the own patches, and the gradients of the field and of all parameters."""
+    """The loss of the own patches, and the gradients of the field and of all parameters."""
     decomposition = decompose(config, comm.size)
     exchange = Exchange(decomposition, comm, config.model.reach)
     grid, patch = decomposition.grid_shape, decomposition.patch_shape
@@ -50,11 +50,11 @@ def gradients(config: Config, comm: Communicator) -> tuple[Tensor, list[Tensor]]
     sums = GradientSum(model.parameters(), comm)
     clean, noise = (cut(random_field(2, 2, grid, seed), decomposition, exchange.patches) for seed in (0, 1))
     sigma = torch.tensor([0.1, 3.0], dtype=torch.float64)
-    losses = make_denoiser(config, field, model, exchange).loss(clean.requires_grad_(), noise, sigma)
-    losses.sum().backward()
+    loss = make_denoiser(config, field, model, exchange).loss(clean.requires_grad_(), noise, sigma)
+    loss.backward()
     sums.finish()
     assert clean.grad is not None
-    return losses.detach(), [clean.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    return loss.detach(), [clean.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:

@@ -66,7 +66,7 @@ def step(patches: int, at_once: int | None) -> int:
     """Peak of a training step."""
     denoiser, clean = denoiser_of(patches, at_once)
     sigma = torch.ones(1, dtype=torch.float64)
-    return peak(lambda: denoiser.loss(clean, torch.randn_like(clean), sigma).sum().backward())
+    return peak(lambda: denoiser.loss(clean, torch.randn_like(clean), sigma).backward())
 
 
 def evaluation(patches: int, at_once: int | None) -> int:

@@ -41,8 +41,8 @@ def perturbed_denoiser(config: Config, comm: Communicator) -> tuple[Denoiser, to
 
 
 def gradients(denoiser: Denoiser, model: torch.nn.Module, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-    losses = denoiser.loss(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), sigma)
-    return torch.cat([g.flatten() for g in torch.autograd.grad(losses.sum(), list(model.parameters()), allow_unused=False)])
+    loss = denoiser.loss(x, torch.randn(x.shape, generator=torch.Generator().manual_seed(2)), sigma)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()), allow_unused=False)])
 
 
 @pytest.mark.parametrize("coupling", ["two-level", "halo", "self-only"])

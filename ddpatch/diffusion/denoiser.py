@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ddpatch.diffusion.weighting import Weighting, edm
+from ddpatch.model.groups import Objective
 
 Network = Callable[[Tensor, Tensor], Tensor]
+Summed = Callable[[Tensor, Tensor, Objective], Tensor]
 
 
 class Denoiser:
@@ -22,10 +24,12 @@ class Denoiser:
     Arguments:
         network: F(x, c_noise): ``[sample, *]`` and ``[sample]`` to ``[sample, *]``.
         weighting: λ(σ) of the loss.
+        summed: An objective of F(x, c_noise), for a network that need not hold all of its output at once. Default: of all of it.
     """
 
-    def __init__(self, network: Network, weighting: Weighting = edm) -> None:
+    def __init__(self, network: Network, weighting: Weighting = edm, summed: Summed | None = None) -> None:
         self.network, self.weighting = network, weighting
+        self._summed = summed or (lambda x, noise, objective: objective.number(network(x, noise), *objective.fields))
 
     def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Estimate E[x_0 | x].
@@ -34,26 +38,34 @@ class Denoiser:
             x: Noisy data, with shape ``[sample, *]``.
             sigma: One noise level per sample, with shape ``[sample]``.
         """
-        s = sigma.to(x.dtype)
-        wide = s.view(-1, *(1,) * (x.ndim - 1))
-        scale = (wide.square() + 1).rsqrt()
-        output = self.network(x * scale, s.log() / 4)
-        return torch.addcmul(x * scale.square(), wide * scale, output)
+        x, scale, out, noise = self._scaled(x, sigma)
+        return torch.addcmul(x * scale, out, self.network(x, noise))
 
     def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-        """Weighted squared errors λ(σ) (D(x + σ n; σ) - x)².
+        """Weighted squared errors Σ λ(σ) (D(x + σ n; σ) - x)².
 
         Arguments:
             clean, noise: x and n, with shape ``[sample, *]``.
             sigma: Shape ``[sample]``.
 
         Returns:
-            Shape ``[sample, *]``: not reduced, since only the caller knows how many elements there are in all.
+            The sum over all elements, in double precision: only the caller knows how many elements there are in all.
         """
-        wide, weight = (s.to(clean.dtype).view(-1, *(1,) * (clean.ndim - 1)) for s in (sigma, self.weighting(sigma)))
-        return weight * (self(clean + wide * noise, sigma) - clean).square()
+        weight = _wide(self.weighting(sigma), clean)
+        x, scale, out, noise_level = self._scaled(torch.addcmul(clean, _wide(sigma, clean), noise), sigma)
+
+        def errors(output: Tensor, x: Tensor, clean: Tensor) -> Tensor:
+            return (weight * (torch.addcmul(x * scale, out, output) - clean).square()).sum(dtype=torch.float64)
+
+        return self._summed(x, noise_level, Objective(errors, (x, clean)))
+
+    def _scaled(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """c_in x; c_skip / c_in; c_out, and c_noise."""
+        s = sigma.to(x.dtype)
+        scale = (_wide(s, x).square() + 1).rsqrt()
+        return x * scale, scale, _wide(s, x) * scale, s.log() / 4
 
 
-def detached_sum(losses: Tensor) -> Tensor:
-    """Sum in double precision, for reports: never differentiated."""
-    return losses.detach().to(torch.float64).sum()
+def _wide(values: Tensor, like: Tensor) -> Tensor:
+    """One value per sample, for every element."""
+    return values.to(like.dtype).view(-1, *(1,) * (like.ndim - 1))

@@ -1,4 +1,5 @@
-"""Groups of patches: what is not kept for all patches at once is computed group by group, and again in the backward pass.
+"""Groups of patches: what is not kept for all patches at once is computed group by group, and again in the backward pass, or
+differentiated at once.
 
 A model that keeps the features of every patch until the backward pass needs memory for the whole field at the width of the
 network. Here the features of one group live at a time; what passes between groups, tokens and predictions, is as small as the
@@ -8,7 +9,7 @@ field. Chen, Xu, Zhang, Guestrin, arXiv 1604.06174.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,11 +62,76 @@ def group_by_group(function: Callable[..., Tensor], groups: Sequence[Sequence[An
     return torch.cat([_Recomputed.apply(function, len(group), *group, *shared) for group in groups], dim=1)
 
 
+class _Differentiated(torch.autograd.Function):
+    """Forward: the sum of the numbers of all groups, and its gradients at once. Backward: these, times what comes in."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], members: Sequence[int], *inputs: Any) -> Tensor:
+        flat = iter(inputs)
+        groups, parameters = [[next(flat) for _ in range(count)] for count in members], list(flat)
+        needed = {id(x) for x, needs in zip(inputs, ctx.needs_input_grad[2:], strict=True) if needs}
+        ctx.keys, ctx.found, numbers = [id(x) for x in inputs], {}, []
+        for group in groups:
+            leaves = {id(x): x.detach().requires_grad_() for x in group if id(x) in needed}
+            with torch.enable_grad():
+                number = function(*(leaves.get(id(x), x) for x in group))
+            wanted = leaves | {id(p): p for p in parameters if id(p) in needed}
+            for key, grad in zip(wanted, torch.autograd.grad(number, list(wanted.values()), allow_unused=True), strict=True):
+                if grad is not None:
+                    ctx.found[key] = ctx.found[key] + grad if key in ctx.found else grad
+            numbers.append(number.detach())
+        return torch.stack(numbers).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        found = {key: grad * grads[0] for key, grad in ctx.found.items()}
+        return None, None, *(found.pop(key, None) for key in ctx.keys)  # once for what is a member of several groups
+
+
+class Objective(NamedTuple):
+    """A number that is a sum over patches, such as a loss.
+
+    Attributes:
+        number: From a result on some patches, with shape ``[sample, patch, ...]``, and the fields there, to their share.
+        fields: Shapes ``[sample, patch, ...]``, on all own patches.
+    """
+
+    number: Callable[..., Tensor]
+    fields: Sequence[Tensor]
+
+
+def sum_of_groups(
+    function: Callable[..., Tensor], groups: Sequence[Sequence[Any]], parameters: Iterable[Tensor], objective: Objective
+) -> Tensor:
+    """An objective of the results of all groups; gradients are those of one call for all patches.
+
+    Since a sum hands every group the same gradient, those of a group are computed right after its number, while its features
+    are there, and wait for the backward pass: with several groups the function is called once for each.
+
+    Arguments:
+        function, groups, parameters: As in :func:`group_by_group`.
+        objective: Of the results; its fields are split as the groups are.
+    """
+    fields = zip(*(field.split(_sizes(groups), dim=1) for field in objective.fields), strict=True)
+    parts, known = [[*group, *own] for group, own in zip(groups, fields, strict=True)], len(groups[0])
+
+    def number(*members: Any) -> Tensor:
+        return objective.number(function(*members[:known]), *members[known:])
+
+    if len(groups) == 1:
+        return number(*parts[0])
+    return _Differentiated.apply(number, [len(part) for part in parts], *(x for part in parts for x in part), *parameters)
+
+
 def _fill(function: Callable[..., Tensor], groups: Sequence[Sequence[Any]]) -> Tensor:
     """The results of all groups in one tensor, beside which those of one group live: no second copy of what is like the field."""
-    sizes = [next(x.shape[1] for x in group if isinstance(x, Tensor)) for group in groups]
-    first = function(*groups[0])
+    sizes, first = _sizes(groups), function(*groups[0])
     filled = first.new_empty(len(first), sum(sizes), *first.shape[2:])
     for i, part in enumerate(filled.split(sizes, dim=1)):
         part.copy_(function(*groups[i]) if i else first)
     return filled
+
+
+def _sizes(groups: Sequence[Sequence[Any]]) -> list[int]:
+    """Patches of every group."""
+    return [next(x.shape[1] for x in group if isinstance(x, Tensor)) for group in groups]

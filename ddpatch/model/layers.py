@@ -6,6 +6,7 @@ Weights are kept in the type that they are trained in, and used in the type of t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -88,6 +89,27 @@ class Gain(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """Scale ``[batch, channel, *points]`` by ``[batch, embedding]``."""
         return x * (1 + self.gain(embedding)).view(*x.shape[:2], *(1,) * (x.ndim - 2))
+
+    def mix(self, conv: nn.Conv2d | nn.Conv3d, parts: Sequence[Tensor], embedding: Tensor) -> Tensor:
+        """W (1 + g(σ)) x + b of a convolution of one point, where x is the parts side by side: gains scale the weights instead,
+        so that neither x nor its product with them is ever in memory.
+
+        Arguments:
+            conv: W and b.
+            parts: Shapes ``[batch, channel, *points]``, best with channels last in memory.
+            embedding: Shape ``[batch, embedding]``.
+
+        Returns:
+            Shape ``[batch, outputs, *points]``, channels last.
+        """
+        weights = conv.weight.flatten(1).to(embedding.dtype) * (1 + self.gain(embedding))[:, None]
+        own = [weight.mT for weight in weights.split([part.shape[1] for part in parts], dim=2)]
+        rows = [part.movedim(1, -1).flatten(1, -2) for part in parts]
+        assert conv.bias is not None
+        mixed = torch.baddbmm(conv.bias.to(embedding.dtype), rows[0], own[0])
+        for x, weight in zip(rows[1:], own[1:], strict=True):
+            mixed = mixed.baddbmm_(x, weight)
+        return mixed.view(len(mixed), *parts[0].shape[2:], -1).movedim(-1, 1)
 
 
 class NoiseEmbedding(nn.Module):

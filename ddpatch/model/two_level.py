@@ -14,7 +14,7 @@ from ddpatch.decomposition import Decomposition
 from ddpatch.model.coarse import Audience, CoarseTransformer, ConvolutionalCommunicator, closing_lengths, token_places
 from ddpatch.model.convolution import CHANNELS_LAST
 from ddpatch.model.coupling import Coupling, Lag
-from ddpatch.model.groups import group_by_group
+from ddpatch.model.groups import Objective, group_by_group, sum_of_groups
 from ddpatch.model.layers import NoiseEmbedding, ResidualBlock
 from ddpatch.model.positions import coordinate_features, num_coordinate_features
 from ddpatch.model.tokens import (
@@ -128,6 +128,7 @@ class TwoLevelModel(nn.Module):
         coupling: Coupling,
         execution: ExecutionConfig | None = None,
         lag: Lag[Message] | None = None,
+        objective: Objective | None = None,
     ) -> Tensor:
         """Evaluate the network on the own patches. Collective.
 
@@ -141,9 +142,10 @@ class TwoLevelModel(nn.Module):
                 fewer than all the encoder runs twice, for the tokens and for the result; gradients are the same
                 (:mod:`ddpatch.model.groups`). Default: all, of the type of ``x``.
             lag: Lets the coarse level speak of the evaluation before, in evaluations without gradients.
+            objective: What is wanted of the result, which is then never there for more patches than go together.
 
         Returns:
-            Shape of ``x``.
+            Shape of ``x``, or the objective.
         """
         arriving = coupling.start_halo(x)
         sigma, embedding, grid = (4 * noise).exp(), self.embed(noise), coupling.decomposition
@@ -170,9 +172,11 @@ class TwoLevelModel(nn.Module):
             wait, couple = self._start_coupling(own, sigma, embedding, coupling, self._shards(execution, grid))
         near = self._near(groups[0]) if len(groups) == 1 else None
         if self.config.paths.coarse:
-            message = lag(wait, couple) if lag else couple(wait())
-            groups = [self._tell(group, message) for group in groups]
-        return group_by_group(decode, groups, self.parameters())
+            told = self._tell(groups[0], lag(wait, couple) if lag else couple(wait()))
+            groups = [group._replace(tokens=told.tokens, fine=told.fine, linear=told.linear) for group in groups]
+        if objective is None:
+            return group_by_group(decode, groups, self.parameters())
+        return sum_of_groups(decode, groups, self.parameters(), objective)
 
     def _encode(self, group: Group) -> Features:
         """The features of a group on all levels of the U-Net."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -157,13 +158,13 @@ class Decoder(nn.Module):
         h = latent
         for i in reversed(range(len(self.levels))):
             if i < len(self.ups):
-                merged = torch.cat([refine(self.ups[i](h), self.wraps), skips[i]], dim=1)
-                h = self.merges[i](self.gains[i](merged, embedding))
+                gain: Any = self.gains[i]
+                h = gain.mix(self.merges[i], [refine(self.ups[i](h), self.wraps), skips[i]], embedding)
             if i == 0 and fine is not None:
                 h = h + fine
             for block in _modules(self.levels[i]):
                 h = block(h, embedding)
-        return self.out(self.gain(h, embedding))
+        return self.gain.mix(self.out, [h], embedding)
 
 
 def _modules(level: nn.Module) -> list[nn.Module]:
