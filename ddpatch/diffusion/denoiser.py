@@ -38,8 +38,9 @@ class Denoiser:
             x: Noisy data, with shape ``[sample, *]``.
             sigma: One noise level per sample, with shape ``[sample]``.
         """
-        x, scale, out, noise = self._scaled(x, sigma)
-        return torch.addcmul(x * scale, out, self.network(x, noise))
+        scale, out, noise = self._scales(x, sigma)
+        output = self.network(x * scale, noise)
+        return torch.addcmul(x * scale.square(), out, output)
 
     def loss(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Weighted squared errors Σ λ(σ) (D(x + σ n; σ) - x)².
@@ -51,19 +52,19 @@ class Denoiser:
         Returns:
             The sum over all elements, in double precision: only the caller knows how many elements there are in all.
         """
-        weight = _wide(self.weighting(sigma), clean)
-        x, scale, out, noise_level = self._scaled(torch.addcmul(clean, _wide(sigma, clean), noise), sigma)
+        weight, (scale, out, noise_level) = _wide(self.weighting(sigma), clean), self._scales(clean, sigma)
+        x = torch.addcmul(clean, _wide(sigma, clean), noise) * scale
 
         def errors(output: Tensor, x: Tensor, clean: Tensor) -> Tensor:
             return (weight * (torch.addcmul(x * scale, out, output) - clean).square()).sum(dtype=torch.float64)
 
         return self._summed(x, noise_level, Objective(errors, (x, clean)))
 
-    def _scaled(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """c_in x; c_skip / c_in; c_out, and c_noise."""
+    def _scales(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """c_in, c_out, and c_noise; c_skip is c_in²."""
         s = sigma.to(x.dtype)
         scale = (_wide(s, x).square() + 1).rsqrt()
-        return x * scale, scale, _wide(s, x) * scale, s.log() / 4
+        return scale, _wide(s, x) * scale, s.log() / 4
 
 
 def _wide(values: Tensor, like: Tensor) -> Tensor:
