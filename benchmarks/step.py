@@ -117,8 +117,8 @@ def measure(run: Run, grid: int, steps: int) -> Row:
     return {
         "seconds": statistics.median(seconds[WARM_UP:]),
         "communication": statistics.median(communication[WARM_UP:]),
+        "memory": max(comm.gather(peak_memory(CPU))),  # before the profiler takes some
         "convolutions": convolution_seconds(step),
-        "memory": max(comm.gather(peak_memory(CPU))),
         "parameters": count_parameters(network),
         "flops": rehearse(config, header, run.ranks).step.flops,
         "peak": measure_peak(torch.bfloat16 if run.precision == "bfloat16" else torch.float32),
