@@ -164,7 +164,7 @@ class Decoder(nn.Module):
                 h = h + fine
             for block in _modules(self.levels[i]):
                 h = block(h, embedding)
-        return self.gain.mix(self.out, [h], embedding)
+        return self.out(self.gain(h, embedding))
 
 
 def _modules(level: nn.Module) -> list[nn.Module]:
