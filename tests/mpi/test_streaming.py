@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,19 @@ def test_a_step_communicates_once_per_direction(comm: Communicator, at_once: int
         "allgather": 1,
         "reduce_scatter": 1,
     }
+
+
+def test_a_step_in_groups_encodes_three_times_and_decodes_once(comm: Communicator, shared_path: Path) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    with FieldFile(data) as file:
+        config = resolve(small_config(data, execution={"patches_at_once": 1}), file)
+        training = Training(config, file, measure_field(config, file, comm), comm)
+        ran: Counter[str] = Counter()
+        training.model.encoder.register_forward_hook(lambda *_: ran.update(["encoder"]))
+        training.model.decoder.register_forward_hook(lambda *_: ran.update(["decoder"]))
+        training.advance()
+    own = len(training.coupling.patches)
+    assert ran == {"encoder": 3 * own if own > 1 else 1, "decoder": own}
 
 
 def test_training_in_groups_takes_the_same_steps(comm: Communicator, shared_path: Path) -> None:
