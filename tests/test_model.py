@@ -9,7 +9,8 @@ from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.coarse import GeometricAttention, token_places
-from ddpatch.model.layers import refine
+from ddpatch.model.convolution import CONV
+from ddpatch.model.layers import Gain, refine
 from ddpatch.model.patches import cut, join, within
 from ddpatch.model.stencil import StencilConvolution
 from ddpatch.model.tokens import (
@@ -173,6 +174,19 @@ def test_interpolation_reproduces_linear_functions() -> None:
     points = (torch.arange(16, dtype=torch.float64) + 0.5) / 4
     torch.testing.assert_close((2 * centres - 3) @ interpolation(4, 4), 2 * points - 3)
     torch.testing.assert_close(interpolation(4, 4).sum(0), torch.ones(16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
+def test_gains_may_scale_weights_in_place_of_features(ndim: int) -> None:
+    torch.manual_seed(0)
+    gain, conv = Gain(5, 4).double(), CONV[ndim](5, 3, 1).double()
+    for parameter in gain.parameters():
+        torch.nn.init.normal_(parameter)
+    embedding, parts = (
+        torch.randn(2, 4, dtype=torch.float64),
+        [torch.randn(2, n, *[4] * ndim, dtype=torch.float64) for n in (2, 3)],
+    )
+    torch.testing.assert_close(gain.mix(conv, parts, embedding), conv(gain(torch.cat(parts, dim=1), embedding)))
 
 
 def test_refinement_reproduces_linear_functions_up_to_the_rim() -> None:

@@ -120,6 +120,8 @@ def sum_of_groups(
 
     if len(groups) == 1:
         return number(*parts[0])
+    if not torch.is_grad_enabled():
+        return torch.stack([number(*part) for part in parts]).sum()
     return _Differentiated.apply(number, [len(part) for part in parts], *(x for part in parts for x in part), *parameters)
 
 

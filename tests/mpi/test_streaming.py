@@ -62,6 +62,19 @@ def test_a_step_in_groups_encodes_three_times_and_decodes_once(comm: Communicato
     assert ran == {"encoder": 3 * own if own > 1 else 1, "decoder": own}
 
 
+def test_a_loss_without_gradients_is_the_same_and_computes_none(comm: Communicator, shared_path: Path) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    losses = []
+    for at_once in (None, 1):
+        with FieldFile(data) as file:
+            config = resolve(small_config(data, execution={"patches_at_once": at_once}), file)
+            training = Training(config, file, measure_field(config, file, comm), comm)
+            with torch.no_grad():
+                losses.append(training.denoiser.loss(*training.next_batch()))
+        assert not losses[-1].requires_grad
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=0)
+
+
 def test_training_in_groups_takes_the_same_steps(comm: Communicator, shared_path: Path) -> None:
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
     losses = []
