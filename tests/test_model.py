@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from problems import CASES, random_field, smooth_fields
@@ -8,7 +10,7 @@ from torch import Tensor
 from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
-from ddpatch.model.coarse import GeometricAttention, token_places
+from ddpatch.model.coarse import Audience, GeometricAttention, token_places
 from ddpatch.model.convolution import CONV
 from ddpatch.model.layers import Gain, refine
 from ddpatch.model.patches import cut, join, within
@@ -88,6 +90,29 @@ def test_the_same_weights_run_on_other_numbers_of_patches() -> None:
     wide = Decomposition((32, 24), (8, 8))
     out = evaluate(model, Exchange(wide, Communicator(), 2), random_field(1, 2, (32, 24)))
     assert bool(out.isfinite().all())
+
+
+def test_attention_is_that_of_a_table_of_all_pairs() -> None:
+    """The logits of the module's docstring, one by one; a head of 5 + 4 features is padded."""
+    torch.manual_seed(0)
+    heads, width, lengths = 2, 10, torch.tensor([4.0, 6.0], dtype=torch.float64)
+    attention = GeometricAttention(2, width, heads, 3).double()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    x, normed, embedding = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((12, width), (12, width), (3,)))
+    places = token_places((4, 3)).flatten(0, 1)
+    found = attention(x, normed, embedding, Audience(places, places, lengths, lambda rows: rows))
+    q, k = (
+        torch.nn.functional.normalize(part.unflatten(-1, (heads, -1)), dim=-1) for part in attention.qk(normed).chunk(2, dim=-1)
+    )
+    reach = (attention.log_range + attention.range_of_noise(embedding)).exp()
+    away = places[None, :] - places[:, None] - attention.centre[:, None, None]
+    stiffness = (lengths / (2 * math.pi * reach[..., None])).square()[:, :, None, None]
+    logits = math.sqrt(width / heads) * attention.sharpness.exp()[:, None, None] * torch.einsum("bxhc,byhc->bhxy", q, k)
+    logits = logits + (stiffness * ((2 * math.pi * away / lengths).cos() - 1)).sum(-1)
+    values = attention.v(x).unflatten(-1, (heads, -1))
+    expected = attention.out(torch.einsum("bhxy,byhc->bxhc", logits.softmax(-1), values).flatten(2))
+    torch.testing.assert_close(found, expected)
 
 
 def test_on_a_larger_domain_attention_keeps_its_physical_reach() -> None:
