@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,13 @@ from ddpatch.train import train
 from ddpatch.training import Training
 
 pytestmark = pytest.mark.mpi(min_size=1)
+
+
+@contextmanager
+def training_of(data: Path, at_once: int | None, comm: Communicator) -> Iterator[Training]:
+    with FieldFile(data) as file:
+        config = resolve(small_config(data, execution={"patches_at_once": at_once}), file)
+        yield Training(config, file, measure_field(config, file, comm), comm)
 
 
 @pytest.mark.parametrize("at_once", [1, 2])
@@ -51,9 +60,7 @@ def test_a_step_communicates_once_per_direction(comm: Communicator, at_once: int
 
 def test_a_step_in_groups_encodes_three_times_and_decodes_once(comm: Communicator, shared_path: Path) -> None:
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
-    with FieldFile(data) as file:
-        config = resolve(small_config(data, execution={"patches_at_once": 1}), file)
-        training = Training(config, file, measure_field(config, file, comm), comm)
+    with training_of(data, 1, comm) as training:
         ran: Counter[str] = Counter()
         training.model.encoder.register_forward_hook(lambda *_: ran.update(["encoder"]))
         training.model.decoder.register_forward_hook(lambda *_: ran.update(["decoder"]))
@@ -66,11 +73,8 @@ def test_a_loss_without_gradients_is_the_same_and_computes_none(comm: Communicat
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
     losses = []
     for at_once in (None, 1):
-        with FieldFile(data) as file:
-            config = resolve(small_config(data, execution={"patches_at_once": at_once}), file)
-            training = Training(config, file, measure_field(config, file, comm), comm)
-            with torch.no_grad():
-                losses.append(training.denoiser.loss(*training.next_batch()))
+        with training_of(data, at_once, comm) as training, torch.no_grad():
+            losses.append(training.denoiser.loss(*training.next_batch()))
         assert not losses[-1].requires_grad
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=0)
 
@@ -79,9 +83,7 @@ def test_training_in_groups_takes_the_same_steps(comm: Communicator, shared_path
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
     losses = []
     for at_once in (None, 1):
-        with FieldFile(data) as file:
-            config = resolve(small_config(data, execution={"patches_at_once": at_once}), file)
-            training = Training(config, file, measure_field(config, file, comm), comm)
+        with training_of(data, at_once, comm) as training:
             losses.append([training.advance() for _ in range(3)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
