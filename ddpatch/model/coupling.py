@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +11,27 @@ from torch import Tensor
 from ddpatch.decomposition import Decomposition
 
 Heard = TypeVar("Heard")
+
+
+class Arrival(NamedTuple):
+    """Windows whose halos are on their way.
+
+    Attributes:
+        windows: Shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``, filled in place.
+        ready: Global numbers of the own patches whose halos are there already.
+        wait: Returns when those of all others are; to be called once. Collective.
+    """
+
+    windows: Tensor
+    ready: Collection[int]
+    wait: Callable[[], None]
+
+    def in_order(self, groups: Sequence[Collection[int]]) -> Iterator[int]:
+        """Numbers of all groups of patches: those that are ready, then, after waiting, all others. Collective."""
+        early = [all(patch in self.ready for patch in group) for group in groups]
+        yield from (i for i, ready in enumerate(early) if ready)
+        self.wait()
+        yield from (i for i, ready in enumerate(early) if not ready)
 
 
 class Coupling(Protocol):
@@ -30,8 +51,10 @@ class Coupling(Protocol):
     def start_gather(self, tokens: Tensor) -> Callable[[], Tensor]:
         """What waits for a gather that begins. Collective."""
 
-    def start_halo(self, patches: Tensor) -> Callable[[], Tensor]:
-        """What waits for windows of ``patch_shape + 2 δ``, from ``[sample, local patch, channel, *patch_shape]``. Collective."""
+    def start_halo(self, patches: Tensor) -> Arrival:
+        """Windows of ``patch_shape + 2 δ`` that begin to arrive, from patches ``[sample, local patch, channel, *patch_shape]``.
+        Collective.
+        """
 
 
 class OwnPatch:
@@ -55,9 +78,9 @@ class OwnPatch:
         """They are there."""
         return lambda: tokens
 
-    def start_halo(self, patches: Tensor) -> Callable[[], Tensor]:
+    def start_halo(self, patches: Tensor) -> Arrival:
         """Patches framed with zeros."""
-        return lambda: F.pad(patches, self._pad)
+        return Arrival(F.pad(patches, self._pad), self.patches, lambda: None)
 
 
 class Lag(Generic[Heard]):

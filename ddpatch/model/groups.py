@@ -39,7 +39,12 @@ class _Recomputed(torch.autograd.Function):
         return None, None, *(next(found) if needs else None for needs in needed)
 
 
-def group_by_group(function: Callable[..., Tensor], groups: Sequence[Sequence[Any]], parameters: Iterable[Tensor]) -> Tensor:
+def group_by_group(
+    function: Callable[..., Tensor],
+    groups: Sequence[Sequence[Any]],
+    parameters: Iterable[Tensor],
+    order: Iterable[int] | None = None,
+) -> Tensor:
     """The results of all groups, side by side; gradients are those of one call for all patches.
 
     With several groups nothing that ``function`` makes on the way to its result is kept: the backward pass calls it again, for
@@ -50,16 +55,19 @@ def group_by_group(function: Callable[..., Tensor], groups: Sequence[Sequence[An
             It must not communicate, for ranks have different numbers of groups.
         groups: One or more; the tensors among their members may need gradients. The first has shape ``[sample, patch, ...]``.
         parameters: What ``function`` depends on besides, and more.
+        order: Numbers of the groups as they are to be computed, if there are several. Default: one after the other.
 
     Returns:
         Shape ``[sample, patch, ...]``.
     """
     if len(groups) == 1:
         return function(*groups[0])
+    order = range(len(groups)) if order is None else order
     if not torch.is_grad_enabled():
-        return _fill(function, groups)
+        return _fill(function, groups, order)
     shared = list(parameters)
-    return torch.cat([_Recomputed.apply(function, len(group), *group, *shared) for group in groups], dim=1)
+    found = {i: _Recomputed.apply(function, len(groups[i]), *groups[i], *shared) for i in order}
+    return torch.cat([found[i] for i in range(len(groups))], dim=1)
 
 
 class _Differentiated(torch.autograd.Function):
@@ -125,12 +133,15 @@ def sum_of_groups(
     return _Differentiated.apply(number, [len(part) for part in parts], *(x for part in parts for x in part), *parameters)
 
 
-def _fill(function: Callable[..., Tensor], groups: Sequence[Sequence[Any]]) -> Tensor:
+def _fill(function: Callable[..., Tensor], groups: Sequence[Sequence[Any]], order: Iterable[int]) -> Tensor:
     """The results of all groups in one tensor, beside which those of one group live: no second copy of what is like the field."""
-    sizes, first = _sizes(groups), function(*groups[0])
-    filled = first.new_empty(len(first), sum(sizes), *first.shape[2:])
-    for i, part in enumerate(filled.split(sizes, dim=1)):
-        part.copy_(function(*groups[i]) if i else first)
+    sizes, filled = _sizes(groups), None
+    for i in order:
+        result = function(*groups[i])
+        if filled is None:
+            filled = result.new_empty(len(result), sum(sizes), *result.shape[2:])
+        filled.split(sizes, dim=1)[i].copy_(result)
+    assert filled is not None
     return filled
 
 

@@ -132,7 +132,8 @@ class TwoLevelModel(nn.Module):
     ) -> Tensor:
         """Evaluate the network on the own patches. Collective.
 
-        While halos and tokens are on their way, what needs neither is computed.
+        While halos and tokens are on their way, what needs neither is computed: of several groups, those whose neighbours are all
+        on this rank are encoded first.
 
         Arguments:
             x: Scaled noisy patches c_in x_t, with shape ``[sample, local patch, channel, *patch_shape]``.
@@ -147,15 +148,16 @@ class TwoLevelModel(nn.Module):
         Returns:
             Shape of ``x``, or the objective.
         """
-        arriving = coupling.start_halo(x)
+        arrival = coupling.start_halo(x)
         sigma, embedding, grid = (4 * noise).exp(), self.embed(noise), coupling.decomposition
         most, precision = x.shape[1], x.dtype
         if execution is not None:
             most = execution.patches_at_once or most
             precision = torch.bfloat16 if execution.precision == "bfloat16" else precision
-        windows = arriving()
-        parts = enumerate(windows.split(most, dim=1))
+        parts = enumerate(arrival.windows.split(most, dim=1))
         groups = [Group(grid, coupling.patches[i * most :][:most], part, sigma, embedding, precision) for i, part in parts]
+        if len(groups) == 1 or not self.config.paths.coarse:
+            arrival.wait()
         kept = self._encode(groups[0]) if len(groups) == 1 else None
 
         def restrict(*members: Any) -> Tensor:
@@ -168,7 +170,8 @@ class TwoLevelModel(nn.Module):
 
         if self.config.paths.coarse:
             check_tokens(grid.patch_shape, self.config.tokens, len(self.config.channels))
-            own = group_by_group(restrict, groups, [*self.encoder.parameters(), *self.restriction.parameters()])
+            shared = [*self.encoder.parameters(), *self.restriction.parameters()]
+            own = group_by_group(restrict, groups, shared, arrival.in_order([group.patches for group in groups]))
             wait, couple = self._start_coupling(own, sigma, embedding, coupling, self._shards(execution, grid))
         near = self._near(groups[0]) if len(groups) == 1 else None
         if self.config.paths.coarse:

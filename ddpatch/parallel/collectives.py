@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddpatch.decomposition import Decomposition
+from ddpatch.model.coupling import Arrival
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.halo import Halo
 
@@ -33,12 +34,12 @@ class _GatherTokens(torch.autograd.Function):
 
 
 class _ExchangeHalo(torch.autograd.Function):
-    """Forward: copy the neighbours' borders into the window. Backward: add the window's borders onto the neighbours."""
+    """Forward: the windows that are being filled. Backward: add the windows' borders onto the neighbours."""
 
     @staticmethod
-    def forward(ctx: Any, patches: Tensor, comm: Communicator, halo: Halo, wait: Callable[[], Tensor]) -> Tensor:
+    def forward(ctx: Any, patches: Tensor, comm: Communicator, halo: Halo, windows: Tensor) -> Tensor:
         ctx.comm, ctx.halo = comm, halo
-        return wait()
+        return windows.data  # unlike detach(), with a version of its own: that they are filled later is no change to autograd
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -85,9 +86,11 @@ class Exchange:
         Returns:
             Windows with shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``.
         """
-        return self.start_halo(patches)()
+        arrival = self.start_halo(patches)
+        arrival.wait()
+        return arrival.windows
 
-    def start_halo(self, patches: Tensor) -> Callable[[], Tensor]:
-        """Begin a :meth:`halo`; what is returned waits for it. Collective."""
-        wait = self._halo.start(patches.detach(), self.comm)
-        return lambda: _ExchangeHalo.apply(patches, self.comm, self._halo, wait)
+    def start_halo(self, patches: Tensor) -> Arrival:
+        """Begin a :meth:`halo`. Collective."""
+        arrival = self._halo.start(patches.detach(), self.comm)
+        return arrival._replace(windows=_ExchangeHalo.apply(patches, self.comm, self._halo, arrival.windows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddpatch.decomposition import Decomposition, Index
 from ddpatch.errors import UserError
+from ddpatch.model.coupling import Arrival
 from ddpatch.parallel.comm import Communicator
 
 Box = tuple[slice, ...]
@@ -71,6 +72,9 @@ class Halo:
         self._receives: dict[int, list[Move]] = defaultdict(list)
         if width:
             self._plan(decomposition)
+        own = decomposition.local_patches(rank)
+        waiting = {p for peer, moves in self._receives.items() if peer != rank for move in moves for p in move.patches}
+        self._ready = frozenset(own) - {own.start + p for p in waiting}
 
     def _plan(self, decomposition: Decomposition) -> None:
         for offset in decomposition.offsets:
@@ -80,30 +84,31 @@ class Halo:
             for peer, patches in incoming.items():
                 self._receives[peer].append(Move(offset, patches))
 
-    def start(self, patches: Tensor, comm: Communicator) -> Callable[[], Tensor]:
-        """Begin the exchange that makes windows of the own patches. Collective.
+    def start(self, patches: Tensor, comm: Communicator) -> Arrival:
+        """Begin the exchange that makes windows of the own patches; what these give each other is there at once. Collective.
 
         Arguments:
             patches: Shape ``[sample, local patch, channel, *patch_shape]``.
 
         Returns:
-            What waits for windows, with shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``, zero beyond walls.
+            Windows, with shape ``[sample, local patch, channel, *(patch_shape + 2 δ)]``, zero beyond walls.
         """
         if not self.width:
-            return lambda: patches
+            return Arrival(patches, self._ready, lambda: None)
         windows = patches.new_zeros(*patches.shape[:3], *(n + 2 * self.width for n in self.shape))
         windows[_at(self._interior())] = patches
         outgoing = {peer: _pack(patches, moves, self._edge) for peer, moves in self._sends.items()}
-        wait = self._start(outgoing, self._receives, windows, comm)
+        own = {peer: outgoing.pop(peer) for peer in {self.rank} & outgoing.keys()}
+        wait = self._start(outgoing, {peer: moves for peer, moves in self._receives.items() if peer != self.rank}, windows, comm)
+        self._fill(windows, own)
 
-        def finish() -> Tensor:
-            received = wait()
-            for peer, moves in self._receives.items():
-                for move, piece in self._unpack(received[peer], moves, windows):
-                    windows[_at(self._ring(move.offset), move.patches)] = piece
-            return windows
+        return Arrival(windows, self._ready, lambda: self._fill(windows, wait()))
 
-        return finish
+    def _fill(self, windows: Tensor, received: Mapping[int, Tensor]) -> None:
+        """Put what came from some ranks where it belongs."""
+        for peer, message in received.items():
+            for move, piece in self._unpack(message, self._receives[peer], windows):
+                windows[_at(self._ring(move.offset), move.patches)] = piece
 
     def add(self, windows: Tensor, comm: Communicator) -> Tensor:
         """The adjoint of :meth:`start`: the windows' halos are added onto the patches that they came from. Collective.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from problems import field_of, random_field, small_config, write_fields
 from torch import Tensor
 
 from ddpatch.data.gaussian import PowerLaw
-from ddpatch.model.coupling import Lag
+from ddpatch.model.coupling import Arrival, Lag
 from ddpatch.model.patches import cut
 from ddpatch.model.two_level import Message, TwoLevelModel
 from ddpatch.parallel.collectives import Exchange
@@ -25,14 +26,18 @@ GRID = (16, 24)
 Denoise = Callable[[Tensor, Tensor], Tensor]
 
 
-def denoisers(comm: Communicator, coarse: str = "auto") -> tuple[TwoLevelModel, Exchange, Denoise, Denoise, Lag[Message]]:
+def denoisers(
+    comm: Communicator, coarse: str = "auto", points: tuple[int, int] = GRID, at_once: int | None = None
+) -> tuple[TwoLevelModel, Exchange, Denoise, Denoise, Lag[Message]]:
     """A network with weights that are not those of the start, and its denoisers without and with a lag."""
     config = small_config(
-        Path("none"), domain={"grid": GRID, "patch": (8, 8), "periodic": (True, True)}, execution={"coarse": coarse}
+        Path("none"),
+        domain={"grid": points, "patch": (8, 8), "periodic": (True, True)},
+        execution={"coarse": coarse, "patches_at_once": at_once},
     )
     grid = decompose(config, comm.size)
-    waves = tuple(config.model.tokens * n // p // 2 for n, p in zip(GRID, (8, 8), strict=True))
-    field = field_of(PowerLaw().power(GRID), 2, stencil_reach(config), waves)
+    waves = tuple(config.model.tokens * n // p // 2 for n, p in zip(points, (8, 8), strict=True))
+    field = field_of(PowerLaw().power(points), 2, stencil_reach(config), waves)
     model, exchange, lag = make_model(config, field), Exchange(grid, comm, config.model.reach), Lag[Message]()
     for i, parameter in enumerate(model.parameters()):
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
@@ -41,34 +46,56 @@ def denoisers(comm: Communicator, coarse: str = "auto") -> tuple[TwoLevelModel, 
 
 
 def own(exchange: Exchange, seed: int) -> Tensor:
-    return cut(random_field(1, 2, GRID, seed), exchange.decomposition, exchange.patches)
+    return cut(random_field(1, 2, exchange.decomposition.grid_shape, seed), exchange.decomposition, exchange.patches)
+
+
+def happened(model: TwoLevelModel, exchange: Exchange, denoise: Denoise, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What an evaluation does, in order."""
+    order: list[str] = []
+
+    def noted(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: object) -> object:
+            order.append(name)
+            return method(*args)
+
+        return call
+
+    start_halo, start_gather, linear = exchange.start_halo, exchange.start_gather, model.linear
+    assert linear is not None
+
+    def halo(x: Tensor) -> Arrival:
+        arrival = start_halo(x)
+        return arrival._replace(wait=noted("end_halo", arrival.wait))
+
+    monkeypatch.setattr(exchange, "start_halo", noted("start_halo", halo))
+    monkeypatch.setattr(exchange, "start_gather", noted("start_gather", lambda x: noted("end_gather", start_gather(x))))
+    monkeypatch.setattr(linear, "fine", noted("fine", linear.fine))
+    monkeypatch.setattr(model.encoder, "forward", noted("encode", model.encoder.forward))
+    with torch.no_grad():
+        denoise(own(exchange, 0), torch.ones(1, dtype=torch.float64))
+    return order
 
 
 def test_the_linear_part_is_computed_while_tokens_travel(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
     model, exchange, denoise, *_ = denoisers(comm)
-    order: list[str] = []
+    order = happened(model, exchange, denoise, monkeypatch)
+    assert order == ["start_halo", "end_halo", "encode", "start_gather", "fine", "end_gather"]
 
-    def traced(what: object, name: str) -> None:
-        method = getattr(what, name)
 
-        def call(*args: object) -> object:
-            order.append(name)
-            found = method(*args)
+def test_patches_among_own_ones_are_encoded_while_halos_travel(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 patches on a ring: of those of a rank all but the first and the last have their neighbours on it."""
+    model, exchange, denoise, *_ = denoisers(comm, points=(128, 8), at_once=1)
+    order = happened(model, exchange, denoise, monkeypatch)
+    patches, outer = len(exchange.patches), 2 * (comm.size > 1)
+    first = ["start_halo", *["encode"] * (patches - outer), "end_halo", *["encode"] * outer, "start_gather", "end_gather"]
+    assert order[: len(first)] == first
 
-            def end() -> object:
-                order.append(name.replace("start", "end"))
-                return found()
 
-            return end if name.startswith("start") else found
-
-        monkeypatch.setattr(what, name, call)
-
-    traced(exchange, "start_halo")
-    traced(exchange, "start_gather")
-    traced(model.linear, "fine")
-    with torch.no_grad():
-        denoise(own(exchange, 0), torch.ones(1, dtype=torch.float64))
-    assert order == ["start_halo", "end_halo", "start_gather", "fine", "end_gather"]
+@torch.no_grad()
+def test_the_order_of_patches_changes_no_result(comm: Communicator) -> None:
+    _, exchange, together, *_ = denoisers(comm, points=(128, 8))
+    one_by_one, sigma = denoisers(comm, points=(128, 8), at_once=1)[2], torch.ones(1, dtype=torch.float64)
+    torch.testing.assert_close(one_by_one(own(exchange, 0), sigma), together(own(exchange, 0), sigma))
 
 
 @pytest.mark.parametrize("coarse", ["replicated", "sharded"])
