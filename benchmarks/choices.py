@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ddpatch.execution import keep_freed_memory
 from ddpatch.model.convolution import convolve
+from ddpatch.parallel.comm import Communicator
 
 LEFT_ALONE = {"MALLOC_PERTURB_": "0"}
 PATCH, STEPS = 32, 2
@@ -36,7 +37,7 @@ CONVOLUTIONS = ((32, 18), (32, 10), (64, 10), (128, 10))  # channels, points per
 
 def time_steps(at_once: int | None, grid: int) -> tuple[float, float]:
     """Seconds of a step, and bytes of its process."""
-    found = measure(Run(1, "two-level", grid // PATCH, at_once=at_once), grid, STEPS)
+    found = measure(Run(1, "two-level", grid // PATCH, at_once=at_once), grid, STEPS, Communicator())
     return found["seconds"], found["memory"]
 
 

@@ -32,7 +32,7 @@ from costs_page import plot, report
 from launch import launch
 from problem import open_training
 from reports import stem, write_rows
-from timing import measure
+from timing import WARM_UP, measure
 
 from ddpatch.config import build
 from ddpatch.io.volume import VolumeHeader
@@ -196,7 +196,7 @@ def work(args: argparse.Namespace) -> Callable[[Communicator], None]:
 def main() -> None:
     """Read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help=f"timed steps, after {WARM_UP} that are not (default %(default)s)")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:

@@ -115,9 +115,8 @@ def make(contender: Contender, grid: int, comm: Communicator) -> tuple[Denoiser,
     return make_denoiser(config, field, model, exchange), model, (1, len(exchange.patches), CHANNELS, *config.domain.patch)
 
 
-def measure(contender: Contender, grid: int, steps: int) -> Row:
+def measure(contender: Contender, grid: int, steps: int, comm: Communicator) -> Row:
     """Medians of a training step and of an evaluation. Collective."""
-    comm = Communicator()
     torch.set_num_threads(1)
     keep_freed_memory(CPU, contender.at_once)
     torch.manual_seed(0)
@@ -236,8 +235,10 @@ def main() -> None:
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        name, grid, steps = args.worker
-        print(json.dumps(measure(CONTENDERS[name], int(grid), int(steps))))
+        comm, (name, grid, steps) = Communicator(), args.worker
+        found = measure(CONTENDERS[name], int(grid), int(steps), comm)
+        if comm.rank == 0:
+            print(json.dumps(found))
         return
     rows: list[Row] = []
     path = stem("peers")

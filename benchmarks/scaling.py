@@ -27,8 +27,9 @@ from launch import launch
 from problem import noise_patches, open_training, write
 from reports import RESULTS, stem, write_rows
 from scaling_page import write_page
-from timing import MEASURED, measure
+from timing import MEASURED, WARM_UP, measure
 
+from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator, guard
@@ -50,7 +51,7 @@ def grid_of(mode: str, side: int, ranks: int) -> tuple[int, ...]:
 
 def work(args: argparse.Namespace, comm: Communicator) -> None:
     """Measure on these ranks, and print the rows. Collective."""
-    grid, model = grid_of(args.mode, args.points, comm.size), {"channels": args.channels}
+    grid, model = grid_of(args.mode, args.points, comm.size), {"channels": args.channels, "tokens": args.tokens}
     with open_training(args.worker, grid, (args.patch,) * 3, model, comm) as training:
         verbs = {"train": measure_training, "sample": measure_sampling}
         rows = [
@@ -131,7 +132,8 @@ def run(args: argparse.Namespace) -> None:
     rows: list[Row] = []
     args.folder.mkdir(parents=True, exist_ok=True)
     only = "".join(f"-{verb}" for verb in args.verb if len(args.verb) == 1)
-    path, page = stem(f"scaling_{args.mode}{only}", args.output), ""
+    tokens = f"-tokens{args.tokens}" if args.tokens != ModelConfig.tokens else ""
+    path, page = stem(f"scaling_{args.mode}{only}{tokens}", args.output), ""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for i in range(args.rounds):
             alone = args.mode == "weak" and "SLURM_JOB_ID" not in os.environ
@@ -154,8 +156,9 @@ def main() -> None:
     parser.add_argument("--points", type=int, help="per axis; strong: of the grid (128), weak: of every rank's box (96)")
     parser.add_argument("--patch", type=int, default=32, help="points per axis (default %(default)s)")
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128], help="of the U-Net (default 32 64 128)")
+    parser.add_argument("--tokens", type=int, default=ModelConfig.tokens, help="per patch and axis (default %(default)s)")
     parser.add_argument(
-        "--steps", type=int, default=3, help="timed steps of a launch, after one that is not (default %(default)s)"
+        "--steps", type=int, default=3, help=f"timed steps of a launch, after {WARM_UP} that are not (default %(default)s)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="launches with every number of ranks (default %(default)s)")
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="for data, seen by all ranks (default %(default)s)")

@@ -86,9 +86,9 @@ RATIOS = (  # one run over another, and the bar
 )
 
 
-def measure(run: Run, grid: int, steps: int) -> Row:
+def measure(run: Run, grid: int, steps: int, comm: Communicator) -> Row:
     """Median seconds of a training step on this communicator's ranks. Collective."""
-    comm, config = Communicator(), run.config(grid)
+    config = run.config(grid)
     torch.set_num_threads(1)
     keep_freed_memory(CPU, run.at_once)
     header = VolumeHeader(1, ("u", "v", "w"), (grid,) * 3, (1.0,) * 3, (True,) * 3)
@@ -220,7 +220,10 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(measure(RUNS[args.worker], args.grid, args.steps)))
+        comm = Communicator()
+        found = measure(RUNS[args.worker], args.grid, args.steps, comm)
+        if comm.rank == 0:
+            print(json.dumps(found))
         return
     rows: list[Row] = []
     path = stem(f"step_{args.grid}")

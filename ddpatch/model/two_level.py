@@ -148,14 +148,11 @@ class TwoLevelModel(nn.Module):
         Returns:
             Shape of ``x``, or the objective.
         """
+        if self.config.paths.coarse:
+            check_tokens(coupling.decomposition.patch_shape, self.config.tokens, len(self.config.channels))
         arrival = coupling.start_halo(x)
-        sigma, embedding, grid = (4 * noise).exp(), self.embed(noise), coupling.decomposition
-        most, precision = x.shape[1], x.dtype
-        if execution is not None:
-            most = execution.patches_at_once or most
-            precision = torch.bfloat16 if execution.precision == "bfloat16" else precision
-        parts = enumerate(arrival.windows.split(most, dim=1))
-        groups = [Group(grid, coupling.patches[i * most :][:most], part, sigma, embedding, precision) for i, part in parts]
+        sigma, embedding = (4 * noise).exp(), self.embed(noise)
+        groups = self._groups(arrival.windows, sigma, embedding, coupling, execution)
         if len(groups) == 1 or not self.config.paths.coarse:
             arrival.wait()
         kept = self._encode(groups[0]) if len(groups) == 1 else None
@@ -169,10 +166,9 @@ class TwoLevelModel(nn.Module):
             return self._decode(group, kept or self._encode(group), self._near(group) if near is None else near)
 
         if self.config.paths.coarse:
-            check_tokens(grid.patch_shape, self.config.tokens, len(self.config.channels))
             shared = [*self.encoder.parameters(), *self.restriction.parameters()]
             own = group_by_group(restrict, groups, shared, arrival.in_order([group.patches for group in groups]))
-            wait, couple = self._start_coupling(own, sigma, embedding, coupling, self._shards(execution, grid))
+            wait, couple = self._start_coupling(own, sigma, embedding, coupling, execution)
         near = self._near(groups[0]) if len(groups) == 1 else None
         if self.config.paths.coarse:
             told = self._tell(groups[0], lag(wait, couple) if lag else couple(wait()))
@@ -180,6 +176,19 @@ class TwoLevelModel(nn.Module):
         if objective is None:
             return group_by_group(decode, groups, self.parameters())
         return sum_of_groups(decode, groups, self.parameters(), objective)
+
+    def _groups(
+        self, windows: Tensor, sigma: Tensor, embedding: Tensor, coupling: Coupling, execution: ExecutionConfig | None
+    ) -> list[Group]:
+        """The own patches in groups, in order."""
+        most, precision = windows.shape[1], windows.dtype
+        if execution is not None:
+            most = execution.patches_at_once or most
+            precision = torch.bfloat16 if execution.precision == "bfloat16" else precision
+        return [
+            Group(coupling.decomposition, coupling.patches[i * most :][:most], part, sigma, embedding, precision)
+            for i, part in enumerate(windows.split(most, dim=1))
+        ]
 
     def _encode(self, group: Group) -> Features:
         """The features of a group on all levels of the U-Net."""
@@ -198,9 +207,10 @@ class TwoLevelModel(nn.Module):
         )
 
     def _start_coupling(
-        self, own: Tensor, sigma: Tensor, embedding: Tensor, coupling: Coupling, sharded: bool
+        self, own: Tensor, sigma: Tensor, embedding: Tensor, coupling: Coupling, execution: ExecutionConfig | None
     ) -> tuple[Callable[[], Tensor], Callable[[Tensor], Message]]:
         """Send the own tokens. Returns what waits for those to be transformed, and what makes a message of them. Collective."""
+        sharded = self._shards(execution, coupling.decomposition)
 
         def couple(tokens: Tensor) -> Message:
             return self._speak(*self._transform(tokens, embedding, coupling, sharded), sigma)
