@@ -196,7 +196,7 @@ def work(args: argparse.Namespace) -> Callable[[Communicator], None]:
 def main() -> None:
     """Read the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3, help=f"timed steps, after {WARM_UP} that are not (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=7, help=f"timed steps, after {WARM_UP} that are not (default %(default)s)")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
