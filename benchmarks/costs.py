@@ -9,7 +9,8 @@ F: operations of a rank, n: calls that wait for other ranks, b: bytes that reach
 between two ranks, and steps on two ranks, and other volumes, are predicted. The report goes to benchmarks/results/.
 
 Then the step of a volume of 2048³ points on up to 4096 GPUs, from an assumed rate (ddpatch/machine.py), latency and bandwidth:
-what is said there is the model, not a measurement. The coarse level is a line of its own, replicated and sharded.
+what is said there is the model, not a measurement. The coarse level is a line of its own, replicated, sharded, and sharded with
+tokens that attend to means of tokens (`model.coarse_keys`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from costs_page import plot, report
+from costs_page import COARSE, plot, report
 from launch import launch
 from problem import open_training
 from reports import stem, write_rows
@@ -49,7 +50,8 @@ GPU, LATENCY, BANDWIDTH = "h200", 20e-6, 25e9  # seconds of a call, and bytes pe
 ABOUT = (
     f"Assumed: {SHARE:.0%} of the published float32 peak of an {GPU}, {LATENCY * 1e6:.0f} µs a call and level of a tree, "
     f"{BANDWIDTH / 1e9:.0f} GB/s a GPU; {WHOLE}³ points, patches of {GPU_PATCH}³, {(WHOLE // GPU_PATCH) ** 3 * 64} tokens. "
-    "Seconds of a step, of its fine level and of its coarse level, replicated and sharded, communication beside it."
+    "Seconds of a step, of its fine level and of its coarse level, replicated, sharded, and sharded with 2³ keys a patch, not "
+    "of 4³, communication beside it."
 )
 Row = dict[str, Any]
 
@@ -87,11 +89,12 @@ def moved(cost: Cost, ranks: int) -> float:
     return sent["halo"] + (sent["allgather"] * ranks + sent["reduce_scatter"] + 2 * sent["allreduce"]) * (ranks - 1) / ranks
 
 
-def cost_of(grid: Sequence[int], patch: int, ranks: int, coarse: str = "auto") -> Cost:
-    """A training step with the default network, of a rank with the most patches."""
+def cost_of(grid: Sequence[int], patch: int, ranks: int, coarse: str = "auto", keys: int | None = None) -> Cost:
+    """A training step with the default network but for its keys, of a rank with the most patches."""
     tree = {
         "domain": {"patch": [patch] * 3, "grid": list(grid), "periodic": [True] * 3},
         "data": {"path": "none"},
+        "model": {"coarse_keys": keys},
         "train": {"batch": 1},
         "parallel": {"device": "cpu"},
         "execution": {"coarse": coarse},
@@ -129,13 +132,13 @@ def fit(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def predict_gpus() -> list[Row]:
-    """Seconds of a step of a large volume by number of GPUs, and of its coarse level, replicated and sharded."""
+    """Seconds of a step of a large volume by number of GPUs, and of its coarse level in all ways."""
     rate = SHARE * GPUS[GPU].single
     model = Model(0.0, rate, LATENCY, BANDWIDTH)
     patches = (WHOLE // GPU_PATCH) ** 3
     grid, rows = (WHOLE,) * 3, []
-    alone = {coarse: cost_of(grid, GPU_PATCH, patches, coarse) for coarse in ("replicated", "sharded")}
-    pairs = {coarse: cost_of(grid, GPU_PATCH, patches // 2, coarse) for coarse in alone}
+    alone = {name: cost_of(grid, GPU_PATCH, patches, *way) for name, way in COARSE.items()}
+    pairs = {name: cost_of(grid, GPU_PATCH, patches // 2, *way) for name, way in COARSE.items()}
     fine = pairs["replicated"].flops - alone["replicated"].flops  # of one patch more
     for ranks in GPUS_USED:
         own = patches // ranks

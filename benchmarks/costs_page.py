@@ -9,7 +9,12 @@ from typing import Any
 from hardware import describe
 from reports import command, met, table
 
-MOST, COARSE = 0.15, ("replicated", "sharded")
+MOST = 0.15
+COARSE = {  # ways to execute the coarse level: execution.coarse, model.coarse_keys
+    "replicated": ("replicated", None),
+    "sharded": ("sharded", None),
+    "sharded, 2³ keys": ("sharded", 2),
+}
 Row = dict[str, Any]
 
 

@@ -4,6 +4,7 @@
     python benchmarks/coupling.py 64x64 --couplings default  # one of them
     python benchmarks/coupling.py 32x32x32                   # three dimensions
     python benchmarks/coupling.py 64x64-adam --couplings default     # the default with Adam instead of Muon
+    python benchmarks/coupling.py 64x64-network-keys2 --couplings default    # without linear part, 2² keys a patch in place of 4²
 
 Data are periodic Gaussian random fields of spectrum (1 + (k/2)²)^-p. The error of the best denoiser that sees everything, and of
 the best that sees one patch, are exact (ddpatch/statistics/oracle.py). At every noise level
@@ -90,6 +91,9 @@ CASES = {
 }
 ADAM = {**CASES["64x64"].train, "optimiser": "adam", "learning_rate": 3e-3}
 CASES["64x64-adam"] = replace(CASES["64x64"], train=ADAM)
+for keys in (4, 2, 1):  # what the coarse level learns by itself, by the number of means that tokens attend to
+    network = {**CASES["64x64"].model, "wiener": False, "coarse_keys": keys}
+    CASES[f"64x64-network-keys{keys}"] = replace(CASES["64x64"], model=network)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,16 @@
 The monolith is the same encoder, bottleneck and decoder on the whole volume as one patch, without tokens and transformer. Every
 rank has one thread. Runs alternate, so that a drift of the machine's speed hits all alike; figures are medians, ratios are taken
 within a round. The share of the peak is that of the operations of convolutions and matrix products (ddpatch/ledger.py; with
-those that groups repeat) per second, of those of the fastest product of two square matrices in the same type, measured in
-between. The report goes to benchmarks/results/.
+those that groups repeat) per second, of those of the faster of a product of two square matrices and a convolution of many
+channels in the same type, measured in between: the libraries of both do not use the same instructions on every processor. The
+report goes to benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -25,6 +27,7 @@ import torch
 from hardware import describe
 from launch import launch
 from reports import command, listed, met, stem, table, write_rows
+from torch import Tensor
 
 from ddpatch.config import Config, build
 from ddpatch.execution import compile_fine_level, computes_bfloat16, keep_freed_memory
@@ -39,6 +42,7 @@ from ddpatch.run import decompose, make_denoiser, make_model
 
 WARM_UP = 2  # steps that are not timed
 SIDE, TIMES = 2048, 3  # of the matrices, and of their products
+POINTS, KERNEL = (8, 256, 32, 32), (256, 256, 3, 3)  # of the convolution beside them
 CPU = torch.device("cpu")
 Row = dict[str, Any]
 
@@ -133,13 +137,19 @@ def convolution_seconds(step: Callable[[], None]) -> float:
 
 
 def measure_peak(dtype: torch.dtype) -> float:
-    """Operations per second of this core in products of square matrices."""
-    matrix, seconds = torch.randn(SIDE, SIDE).to(dtype), []
-    for _ in range(TIMES):
+    """Operations per second of this core, in the product of two square matrices or in a convolution, whichever has more."""
+    matrix, points, kernel = (torch.randn(shape).to(dtype) for shape in ((SIDE, SIDE), POINTS, KERNEL))
+    points, kernel = (x.to(memory_format=torch.channels_last) for x in (points, kernel))
+    ways: list[tuple[float, Callable[[], Tensor]]] = [
+        (2 * SIDE**3, lambda: matrix @ matrix),
+        (2 * math.prod(KERNEL) * points[:, 0].numel(), lambda: torch.conv2d(points, kernel, padding=1)),
+    ]
+    rates = []
+    for operations, compute in ways * TIMES:
         start = time.perf_counter()
-        matrix @ matrix
-        seconds.append(time.perf_counter() - start)
-    return 2 * SIDE**3 / min(seconds)
+        compute()
+        rates.append(operations / (time.perf_counter() - start))
+    return max(rates)
 
 
 def report(rows: list[Row], grid: int) -> str:
@@ -178,13 +188,21 @@ def report(rows: list[Row], grid: int) -> str:
 
 def floor(rounds: list[dict[str, Row]]) -> list[str]:
     """What convolutions alone gain from bfloat16, where the processor has it."""
-    found = [each[LOWER]["convolutions"] / each[MONOLITH]["convolutions"] for each in rounds if LOWER in each]
-    if not found:
+    pairs = [(each[LOWER], each[MONOLITH]) for each in rounds if LOWER in each]
+    if not pairs:
         return []
-    text = (
-        f"those of the two-level model in bfloat16 take {statistics.median(found):.3f} ({listed(found)}) of the monolith's time."
-    )
-    return [f"Convolutions alone, forward and backward, in a step beside the timed ones: {text}", ""]
+    found = {
+        "those of the two-level model in bfloat16 take of the monolith's in float32": [
+            low["convolutions"] / whole["convolutions"] for low, whole in pairs
+        ],
+        "of its whole step": [low["convolutions"] / whole["seconds"] for low, whole in pairs],
+        "at the peak of bfloat16 all convolutions and products would take of it": [
+            low["flops"] / low["peak"] / whole["seconds"] for low, whole in pairs
+        ],
+        "the peak of float32 over that of bfloat16 is": [whole["peak"] / low["peak"] for low, whole in pairs],
+    }
+    texts = [f"{what} {statistics.median(values):.3f} ({listed(values)})" for what, values in found.items()]
+    return [f"Convolutions alone, forward and backward, in a step beside the timed ones: {'; '.join(texts)}.", ""]
 
 
 def cells(rows: list[Row], grid: int) -> list[str]:

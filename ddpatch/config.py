@@ -61,7 +61,8 @@ class ModelConfig:
 
     ``coupling`` of the patches, one of :data:`ddpatch.couplings.COUPLINGS`; ``channels`` per level of the U-Net, finest first;
     ``blocks`` residual blocks per level and side; ``halo`` width in points; ``tokens`` per axis and patch; ``token_channels``
-    latent features per token (what the allgather carries, besides block means); ``coarse_*`` the vision transformer;
+    latent features per token (what the allgather carries, besides block means); ``coarse_*`` the vision transformer, whose tokens
+    attend to means of tokens, ``coarse_keys`` per axis and patch (``null``: to every token);
     ``positions`` Fourier modes of the physical coordinates fed to the encoder and to the tokens (0 for homogeneous data);
     ``whiten`` puts the first convolution on stencils whitened with the data's covariance (:mod:`ddpatch.model.stencil`);
     ``wiener`` adds the exact linear denoiser of the data's covariance (:mod:`ddpatch.model.wiener`).
@@ -76,6 +77,7 @@ class ModelConfig:
     coarse_width: int = 128
     coarse_layers: int = 3
     coarse_heads: int = 4
+    coarse_keys: int | None = None
     positions: int = 0
     whiten: bool = True
     wiener: bool = True
@@ -89,7 +91,14 @@ class ModelConfig:
         heads, width = self.coarse_heads, self.coarse_width
         fits = heads > 0 and width % (2 * heads) == 0
         _require(fits, "model.coarse_width", width, f"a multiple of 2 × coarse_heads = {2 * heads}")
+        divides = self.keys > 0 and self.tokens % self.keys == 0
+        _require(divides, "model.coarse_keys", self.coarse_keys, f"a divisor of model.tokens = {self.tokens}")
         _require(not (self.paths.alone and self.positions), "model.positions", self.positions, "0 where patches have no place")
+
+    @property
+    def keys(self) -> int:
+        """Means per axis and patch that tokens attend to."""
+        return self.tokens if self.coarse_keys is None else self.coarse_keys
 
     @property
     def paths(self) -> Pathways:

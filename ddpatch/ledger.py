@@ -41,13 +41,14 @@ class Ledger(TorchDispatchMode):
         peaks: Bytes by part when most are allocated, for every kind of operation: its name, the number of dims of what it
             makes, whether that is an array of all patches of the rank, and whether the coarse level runs.
         flops: Floating point operations of convolutions and matrix products.
+        attention: Of these, those between tokens and keys.
     """
 
     def __init__(self, axes: int, patches: int, parameters: set[torch.Size]) -> None:
         super().__init__()
         self.axes, self.patches, self.parameters, self.coarse = axes, patches, parameters, False
         self.live: Counter[str] = Counter()
-        self.total = self.flops = 0
+        self.total = self.flops = self.attention = 0
         self.peaks: Peaks = {}
         self._known: weakref.WeakKeyDictionary[Any, Entry] = weakref.WeakKeyDictionary()
 
@@ -61,7 +62,7 @@ class Ledger(TorchDispatchMode):
         self.live = Counter()
         for entry in self._known.values():
             self.live[entry.part] += entry.size
-        self.total, self.flops, self.peaks = self.live.total(), 0, {}
+        self.total, self.flops, self.attention, self.peaks = self.live.total(), 0, 0, {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Make one operation. Where a number decides what comes next, it is 1; noise levels are all different."""
@@ -71,7 +72,9 @@ class Ledger(TorchDispatchMode):
             return torch.empty_like(args[0]), torch.empty(args[0].shape, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
         result = func(*args, **(kwargs or {}))
         if func._overloadpacket in FLOPS:
-            self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            operations = FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+            self.flops += operations
+            self.attention += operations * (func._overloadpacket in ATTENTION)
         made = [item for item in tree_leaves(result) if isinstance(item, Tensor)]
         for tensor in made:
             self._add(tensor)
@@ -127,8 +130,7 @@ class Meta(DeviceContext):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
+ATTENTION: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, out_val=None, **__: sdpa_flop_count(
         q.shape, k.shape, v.shape
     ),
@@ -136,3 +138,4 @@ FLOPS: dict[Any, Callable[..., int]] = {
         sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
     ),
 }
+FLOPS: dict[Any, Callable[..., int]] = {**flop_registry, **ATTENTION}

@@ -27,6 +27,7 @@ PROCESS = "process"
 SPARE = "freed, kept"
 ARRAYS = FIELDS, FEATURES, COARSE
 PARTS = (*KEPT, GRADIENTS, *ARRAYS, STATE)
+MUCH = 0.1  # of a step's operations for attention, from where fewer keys are worth a word
 
 
 @dataclass(frozen=True)
@@ -164,9 +165,21 @@ def page(plan: Plan) -> str:
         *((f"  {name}", f"{sum(plan.costs.step.sent[kind] for kind in kinds) / 1e6:.3f}") for name, kinds in sent.items()),
         ("rate", f"{plan.device.rate / 1e9:.4g} GFLOP/s, {plan.device.source}"),
         ("training step", f"{plan.step_seconds:.3g} s predicted, {plan.costs.step.flops / 1e9:.4g} GFLOP on a rank"),
+        ("  attention", describe_attention(plan)),
         ("sample", f"{plan.sample_seconds:.3g} s predicted, {sample.steps} steps of {sample.solver}"),
     ]
     return "\n".join(f"{name:<18} {text}" for name, text in rows)
+
+
+def describe_attention(plan: Plan) -> str:
+    """The share of the coarse level's pairs in a step, and, where that is large, what fewer keys would leave of it."""
+    step, keys, axes = plan.costs.step, plan.config.model.keys, plan.grid.ndim
+    share = step.attention / step.flops
+    if keys == 1 or share < MUCH:
+        return f"{share:.1%} of these"
+    fewer = max(n for n in range(1, keys) if keys % n == 0)
+    left = step.attention * (fewer / keys) ** axes
+    return f"{share:.1%} of these; model.coarse_keys: {fewer} leaves {left / (step.flops - step.attention + left):.1%}"
 
 
 def plan(

@@ -42,13 +42,14 @@ class Cost:
 
     Attributes:
         patches: Of the rank.
-        peaks, flops: Of its :class:`~ddpatch.ledger.Ledger`.
+        peaks, flops, attention: Of its :class:`~ddpatch.ledger.Ledger`.
         calls, sent: Number and bytes by kind of communication.
     """
 
     patches: int
     peaks: Peaks
     flops: int
+    attention: int
     calls: Counter[str]
     sent: Counter[str]
 
@@ -180,7 +181,7 @@ def spent(training: Rehearsal, ledger: Ledger, action: Callable[[], object]) -> 
     ledger.begin(training.kept())
     action()
     called, sent = training.grid.calls - calls, training.grid.bytes - before
-    return Cost(len(training.coupling.patches), ledger.peaks, ledger.flops, called, sent)
+    return Cost(len(training.coupling.patches), ledger.peaks, ledger.flops, ledger.attention, called, sent)
 
 
 def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:
@@ -204,7 +205,8 @@ def extrapolate(few: Cost, more: Cost, patches: int) -> Cost:
     both = {name: (few.peaks[name], parts) for name, parts in more.peaks.items() if name in few.peaks}
     same = {name: pair for name, pair in both.items() if same_moment(*pair)}
     peaks = {name: each(*pair) for name, pair in (same or both).items()}
-    return Cost(patches, peaks, at(few.flops, more.flops), more.calls, each(few.sent, more.sent))
+    flops, attention = at(few.flops, more.flops), at(few.attention, more.attention)
+    return Cost(patches, peaks, flops, attention, more.calls, each(few.sent, more.sent))
 
 
 def halo_bytes(config: Config, header: VolumeHeader, ranks: int, copies: int) -> int:

@@ -38,6 +38,7 @@ def test_overrides_and_round_trip(path: Path) -> None:
         ("domain.patch=[16]", "domain.patch: expected 2 or 3 numbers of points"),
         ("sample.solver=hune", r"expected one of heun, dpm\+\+2m, got 'hune', did you mean 'heun'\?"),
         ("model.coarse_width=30", "model.coarse_width: expected a multiple of 2 × coarse_heads = 8, got 30"),
+        ("model.coarse_keys=3", "model.coarse_keys: expected a divisor of model.tokens = 4, got 3"),
         ("model.coupling=two-levle", r"model.coupling: expected one of .*, got 'two-levle', did you mean 'two-level'\?"),
         ("parallel.transport=nccl", "parallel.transport: expected one of host, cuda-aware, torch, got 'nccl'"),
         ("parallel.share_device=2", "parallel.share_device: expected bool, got 2"),

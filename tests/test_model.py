@@ -21,6 +21,7 @@ from ddpatch.model.tokens import (
     check_tokens,
     from_canvas,
     interpolation,
+    mean_blocks,
     splines,
     to_canvas,
     weighting,
@@ -92,8 +93,9 @@ def test_the_same_weights_run_on_other_numbers_of_patches() -> None:
     assert bool(out.isfinite().all())
 
 
-def test_attention_is_that_of_a_table_of_all_pairs() -> None:
-    """The logits of the module's docstring, one by one; a head of 5 + 4 features is padded."""
+@pytest.mark.parametrize("block", [1, 3])
+def test_attention_is_that_of_a_table_of_all_pairs(block: int) -> None:
+    """The logits of the module's docstring, one by one, to tokens or means of some; a head of 5 + 4 features is padded."""
     torch.manual_seed(0)
     heads, width, lengths = 2, 10, torch.tensor([4.0, 6.0], dtype=torch.float64)
     attention = GeometricAttention(2, width, heads, 3).double()
@@ -101,16 +103,22 @@ def test_attention_is_that_of_a_table_of_all_pairs() -> None:
         torch.nn.init.normal_(parameter, std=0.5)
     x, normed, embedding = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((12, width), (12, width), (3,)))
     places = token_places((4, 3)).flatten(0, 1)
-    found = attention(x, normed, embedding, Audience(places, places, lengths, lambda rows: rows))
+
+    def pool(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(1, (-1, block)).mean(2)
+
+    centres = pool(places[None])[0]
+    found = attention(x, normed, embedding, Audience(places, centres, lengths, pool, lambda rows: rows))
     q, k = (
-        torch.nn.functional.normalize(part.unflatten(-1, (heads, -1)), dim=-1) for part in attention.qk(normed).chunk(2, dim=-1)
+        torch.nn.functional.normalize(part.unflatten(-1, (heads, -1)), dim=-1)
+        for part in (attention.qk(normed)[..., :width], attention.qk(pool(normed))[..., width:])
     )
     reach = (attention.log_range + attention.range_of_noise(embedding)).exp()
-    away = places[None, :] - places[:, None] - attention.centre[:, None, None]
+    away = centres[None, :] - places[:, None] - attention.centre[:, None, None]
     stiffness = (lengths / (2 * math.pi * reach[..., None])).square()[:, :, None, None]
     logits = math.sqrt(width / heads) * attention.sharpness.exp()[:, None, None] * torch.einsum("bxhc,byhc->bhxy", q, k)
     logits = logits + (stiffness * ((2 * math.pi * away / lengths).cos() - 1)).sum(-1)
-    values = attention.v(x).unflatten(-1, (heads, -1))
+    values = attention.v(pool(x)).unflatten(-1, (heads, -1))
     expected = attention.out(torch.einsum("bhxy,byhc->bxhc", logits.softmax(-1), values).flatten(2))
     torch.testing.assert_close(found, expected)
 
@@ -179,6 +187,16 @@ def test_restriction_carries_means_that_overlap_as_far_as_they_may() -> None:
     noise = float(kernels[0].square().sum() * kernels[1].square().sum())
     scale = ((1 + sigma**2) / (1 + sigma**2 * noise)).sqrt()
     torch.testing.assert_close(tokens[..., 4:], means * scale[:, None, None])
+
+
+@pytest.mark.parametrize(("patch_grid", "keys"), [((3, 2), 2), ((3, 2), 4), ((2, 1, 3), 1), ((2, 1, 3), 2)])
+def test_means_of_tokens_are_those_of_blocks_in_place(patch_grid: tuple[int, ...], keys: int) -> None:
+    ndim = len(patch_grid)
+    canvas = random_field(2, 5, tuple(4 * n for n in patch_grid)).movedim(1, -1)
+    found = mean_blocks(from_canvas(canvas, patch_grid, 4).flatten(1, 2), 4, keys, ndim)
+    pool = torch.nn.functional.avg_pool2d if ndim == 2 else torch.nn.functional.avg_pool3d
+    blocks = pool(canvas.movedim(-1, 1), 4 // keys).movedim(1, -1)
+    torch.testing.assert_close(found, from_canvas(blocks, patch_grid, keys).flatten(1, 2))
 
 
 @pytest.mark.parametrize("periodic", [(True, True), (False, True), (False, False)])

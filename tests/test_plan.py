@@ -16,7 +16,7 @@ from ddpatch.errors import UserError
 from ddpatch.io.volume import VolumeHeader
 from ddpatch.machine import Device, find_device
 from ddpatch.parallel.comm import Communicator
-from ddpatch.plan import PROCESS, Plan, advise, largest, make_plan, page, plan, read_header
+from ddpatch.plan import PROCESS, Plan, advise, describe_attention, largest, make_plan, page, plan, read_header
 from ddpatch.rehearsal import rehearse
 
 DEVICE = Device("cpu", 1e12, 1e9, 10**8, 0.5, "given")
@@ -71,7 +71,7 @@ def test_many_groups_are_extrapolated(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = rehearse(config(1), HEADER, 1)
     for a, b in zip(found, expected, strict=True):
         assert a.memory.total() == pytest.approx(b.memory.total(), rel=5e-2)
-        assert a.flops == b.flops
+        assert a.flops == b.flops and a.attention == b.attention > 0
         assert +a.sent == +b.sent
 
 
@@ -123,6 +123,19 @@ def test_the_page_names_all_parts() -> None:
     text = page(made)
     assert all(part in text for part in made.parts)
     assert "6 on a rank, 1 at once" in text and "predicted" in text and "given" in text
+
+
+def test_the_page_says_what_fewer_keys_leave() -> None:
+    domain: dict[str, object] = {"patch": [8, 8], "grid": [64, 64], "periodic": [True, True]}
+    header = VolumeHeader(1, ("u", "v"), (64, 64), (1.0, 1.0), (True, True))
+    every, few = (
+        make_plan(small_config(Path("none"), "float32", domain=domain, model={"coarse_keys": keys}), header, 1, DEVICE)
+        for keys in (None, 2)
+    )
+    assert every.costs.step.attention == 4 * few.costs.step.attention
+    told = describe_attention(every).split("model.coarse_keys: 2 leaves ")[1]
+    assert float(told.rstrip("%")) / 100 == pytest.approx(few.costs.step.attention / few.costs.step.flops, rel=0.05)
+    assert describe_attention(every) in page(every)
 
 
 def test_the_command_plans_without_data_and_without_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,7 +8,8 @@ in units of the token spacing:
 The second term is -(y - x - c)² / 2ℓ² for displacements that are small against the length L_a of the axis, and closes on itself
 on periodic axes (a wall doubles L_a, so that the two ends do not meet). It depends on physical displacements only, so that a
 trained network runs on other numbers of patches; and it is an inner product, so that any attention kernel evaluates it without
-a table of pairs.
+a table of pairs. What x attends to are tokens y, or means of the tokens of a block, at its centre: k^d a patch in place of q^d,
+whence (k/q)^d of the pairs.
 
 Every rank transforms all tokens, or its own only, with the keys and values of all gathered in every block: T²/R in place of T²
 pairs of tokens on R ranks, for as many gathers as there are blocks. Attention heads with a learned centre and range contain
@@ -33,18 +34,20 @@ from ddpatch.model.tokens import frame
 
 
 class Audience(NamedTuple):
-    """Which tokens attend to which.
+    """Which tokens attend to which means of tokens.
 
     Attributes:
-        places: Coordinates of those that are transformed here, in token spacings, with shape ``[token, axis]``.
-        all_places: Of all tokens.
+        places: Coordinates of the tokens that are transformed here, in token spacings, with shape ``[token, axis]``.
+        key_places: Of the means of all tokens, with shape ``[key, axis]``.
         lengths: Length of each axis before it closes, in token spacings, with shape ``[axis]``.
-        gather: ``[sample, token here, feature]`` to ``[sample, token, feature]``, in the order of ``all_places``. Collective.
+        pool: ``[sample, token here, feature]`` to means, ``[sample, key here, feature]``.
+        gather: ``[sample, key here, feature]`` to ``[sample, key, feature]``, in the order of ``key_places``. Collective.
     """
 
     places: Tensor
-    all_places: Tensor
+    key_places: Tensor
     lengths: Tensor
+    pool: Callable[[Tensor], Tensor]
     gather: Callable[[Tensor], Tensor]
 
 
@@ -81,8 +84,9 @@ class GeometricAttention(nn.Module):
             embedding: Shape ``[sample, embedding]``.
             audience: Of the tokens.
         """
-        q, k = self.qk(normed).chunk(2, dim=-1)
-        everywhere = audience.gather(torch.cat([k, self.v(x)], dim=-1))
+        to_q, to_k = self.qk.weight.chunk(2)
+        q, k, v = F.linear(normed, to_q), F.linear(audience.pool(normed), to_k), self.v(audience.pool(x))
+        everywhere = audience.gather(torch.cat([k, v], dim=-1))
         q = rearrange(q, "b n (h c) -> b h n c", h=self.heads)
         k, v = rearrange(everywhere, "b n (two h c) -> two b h n c", two=2, h=self.heads)
         scale = self.sharpness.exp()[:, None, None] * math.sqrt(q.shape[-1])
@@ -100,7 +104,7 @@ class GeometricAttention(nn.Module):
         stiffness = (audience.lengths / (2 * math.pi * reach[..., None])).square()
         turn = 2 * math.pi / audience.lengths
         angles_q = (audience.places[None] + self.centre[:, None]) * turn
-        angles_k = audience.all_places[None] * turn
+        angles_k = audience.key_places[None] * turn
         where_q = torch.cat([angles_q.cos(), angles_q.sin()], dim=-1) * torch.cat([stiffness, stiffness], dim=-1)[:, :, None]
         return where_q, torch.cat([angles_k.cos(), angles_k.sin()], dim=-1)[None]
 

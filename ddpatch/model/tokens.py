@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from ddpatch.decomposition import Decomposition
@@ -194,6 +194,23 @@ def from_canvas(canvas: Tensor, patch_grid: Sequence[int], q: int) -> Tensor:
     if len(patch_grid) == 2:
         return rearrange(canvas, "b (y j) (x i) c -> b (y x) (j i) c", j=q, i=q)
     return rearrange(canvas, "b (z k) (y j) (x i) c -> b (z y x) (k j i) c", k=q, j=q, i=q)
+
+
+def mean_blocks(tokens: Tensor, q: int, keys: int, ndim: int) -> Tensor:
+    """Means over blocks of the tokens of every patch.
+
+    Arguments:
+        tokens: Of any patches, one after the other, with shape ``[sample, patch * q^d, feature]``.
+        q, keys: Tokens and blocks of a patch, per axis.
+        ndim: Axes, d.
+
+    Returns:
+        Shape ``[sample, patch * keys^d, feature]``.
+    """
+    m, each = keys, q // keys
+    if ndim == 2:
+        return reduce(tokens, "b (p y j x i) c -> b (p y x) c", "mean", y=m, x=m, j=each, i=each)
+    return reduce(tokens, "b (p z k y j x i) c -> b (p z y x) c", "mean", z=m, y=m, x=m, k=each, j=each, i=each)
 
 
 def own_boxes(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int], q: Sequence[int], ring: int = 0) -> Tensor:

@@ -22,6 +22,7 @@ from ddpatch.model.tokens import (
     Restriction,
     check_tokens,
     from_canvas,
+    mean_blocks,
     mean_scale,
     own_boxes,
     splines,
@@ -244,17 +245,19 @@ class TwoLevelModel(nn.Module):
         return found[..., : coupled.shape[-1]], found[..., coupled.shape[-1] :]
 
     def _audience(self, coupling: Coupling, patches: list[int], like: Tensor, sharded: bool) -> Audience:
-        """Which tokens attend to which, in the order of patches."""
+        """Which tokens attend to which means, in the order of patches."""
         grid, q = coupling.decomposition, self.config.tokens
         token_grid = [n * q for n in grid.patch_grid]
-        places = from_canvas(token_places(token_grid)[None].to(like), grid.patch_grid, q)[0]
+        places = from_canvas(token_places(token_grid)[None].to(like), grid.patch_grid, q)
+        lengths = closing_lengths(token_grid, self.periodic).to(like)
+
+        def pool(rows: Tensor) -> Tensor:
+            return mean_blocks(rows, q, self.config.keys, grid.ndim)
 
         def gather(rows: Tensor) -> Tensor:
             return coupling.gather(rows.unflatten(1, (len(patches), -1))).flatten(1, 2) if sharded else rows
 
-        return Audience(
-            places[patches].flatten(0, 1), places.flatten(0, 1), closing_lengths(token_grid, self.periodic).to(like), gather
-        )
+        return Audience(places[0, patches].flatten(0, 1), pool(places.flatten(1, 2))[0], lengths, pool, gather)
 
     def _speak(self, coupled: Tensor, means: Tensor, sigma: Tensor) -> Message:
         """What the coarse level tells all patches, from coupled tokens and means in place (:meth:`_transform`)."""

@@ -37,7 +37,11 @@ def formulas(config: Config, channels: int, parameters: int, size: int) -> dict[
     """docs/performance.md: the most that any rank sends in a step, by kind."""
     copies = replicas(config, size)
     grid, samples = decompose(config, size // copies), -(-config.train.batch // copies)
-    tokens = samples * config.model.tokens ** len(config.domain.patch) * (config.model.token_channels + channels) * SIZE
+    model, ndim = config.model, len(config.domain.patch)
+    tokens = samples * model.tokens**ndim * (model.token_channels + channels) * SIZE
+    if config.execution.coarse == "sharded":
+        keys_and_values = model.coarse_layers * 2 * model.coarse_width * model.keys**ndim
+        tokens = samples * (keys_and_values + (model.coarse_width + channels) * model.tokens**ndim) * SIZE
     return {
         "halo": samples * channels * max(halo_numbers(grid, rank, config.model.reach) for rank in range(grid.size)) * SIZE,
         "allgather": max(grid.counts) * tokens,
@@ -53,6 +57,8 @@ def formulas(config: Config, channels: int, parameters: int, size: int) -> dict[
         ((16, 24), {}),
         ((32, 24), {"train": {"steps": 2, "log_every": 1, "batch": 4}, "execution": {"patches_at_once": 1}}),
         ((16, 24), {"train": {"steps": 2, "log_every": 1, "batch": 4}, "parallel": {"replicas": None}}),
+        ((16, 24), {"execution": {"coarse": "sharded"}}),
+        ((16, 24), {"execution": {"coarse": "sharded"}, "model": {"coarse_keys": 2}}),
     ],
 )
 def test_a_step_sends_what_the_formulas_say(
@@ -72,12 +78,13 @@ def test_a_step_sends_what_the_formulas_say(
     expected = formulas(config, channels, parameters, comm.size)
     rows = [json.loads(line) for line in (shared_path / "run" / "log.jsonl").read_text().splitlines()]
     assert len(rows) == 2
+    gathers = config.model.coarse_layers + 1 if config.execution.coarse == "sharded" else 1
     for row in rows:
         assert row["bytes_per_step"] == expected
         calls = row["calls_per_step"]
         assert {kind: calls[kind] for kind in ("halo", "allgather", "reduce_scatter", "union")} == {
             "halo": 1,
-            "allgather": 1,
-            "reduce_scatter": 1,
+            "allgather": gathers,
+            "reduce_scatter": gathers,
             "union": 1,
         }

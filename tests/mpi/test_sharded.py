@@ -36,6 +36,16 @@ def test_every_coupling_with_tokens_can_be_sharded(comm: Communicator, coupling:
     assert_same([sharded[0], *sharded[1]], [replicated[0], *replicated[1]])
 
 
+@pytest.mark.parametrize("keys", [1, 2])
+def test_tokens_can_attend_to_means(comm: Communicator, keys: int) -> None:
+    """Of a patch's 16 tokens, in shards as in replicas; the option is not without effect."""
+    whole = configured(None, "two-level", *GRIDS[0])
+    config = dataclasses.replace(whole, model=dataclasses.replace(whole.model, coarse_keys=keys))
+    replicated, sharded = (gradients(executed(config, coarse), comm) for coarse in ("replicated", "sharded"))
+    assert_same([sharded[0], *sharded[1]], [replicated[0], *replicated[1]])
+    assert float((replicated[0] - gradients(whole, comm)[0]).abs()) > 1e-6 * float(replicated[0])
+
+
 @pytest.mark.parametrize(("least", "gathers"), [(1, 3), (10**9, 1)])
 def test_the_number_of_tokens_decides(comm: Communicator, monkeypatch: pytest.MonkeyPatch, least: int, gathers: int) -> None:
     """Keys and values in each of two blocks, and what the tokens have become, in place of one gather of tokens."""

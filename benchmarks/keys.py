@@ -1,0 +1,92 @@
+"""Tokens that attend to means of tokens: what fewer keys cost in samples of turbulence.
+
+    python benchmarks/keys.py                       # about 25 minutes on two cores; resumes where it was
+    python benchmarks/keys.py --flows isotropic --keys 4 2 --seeds 0
+
+The small mode of turbulence.py, halo and tokens together: the same flows, networks, training, calibration, sampling and distances
+to the reference, for several numbers of keys per axis and patch (`model.coarse_keys`; 4 is every token) and several seeds of the
+training. The report goes to benchmarks/results/, with the mean over the seeds, and every one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import date
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hardware import describe
+from reports import command, stem, table, write_rows
+from turbulence import DISTANCES, SMALL, WORKERS, Flow, measure, prepare, train
+
+SCHEME, COUPLING = "halo and tokens", "two-level"
+COLUMNS = {**DISTANCES, "spectrum_error": "spectrum, mean abs ln", "seam_ratio": "J"}
+Row = dict[str, Any]
+
+
+def variant(flow: Flow, keys: int, seed: int) -> Flow:
+    """The flow with other keys and another seed."""
+    return replace(flow, model={**flow.model, "coarse_keys": keys}, train={**flow.train, "seed": seed})
+
+
+def place(flow: Flow, folder: Path, keys: int, seed: int) -> Path:
+    """The folder of a variant, with links to the data of its flow."""
+    path = folder / f"keys{keys}-seed{seed}"
+    path.mkdir(exist_ok=True)
+    for name in ("data.h5", "reference.h5"):
+        if not (path / name).exists():
+            (path / name).symlink_to((folder / name).resolve())
+    return path
+
+
+def run_flow(flow: Flow, folder: Path, keys: list[int], seeds: list[int]) -> list[Row]:
+    """Train all variants, a core each, then draw and compare one after the other."""
+    prepare(flow, folder)
+    cases = [(variant(flow, k, seed), place(flow, folder, k, seed), k, seed) for seed, k in product(seeds, keys)]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(lambda case: train(case[0], COUPLING, case[1]), cases))
+    return [{"keys": k, "seed": seed, **measure(changed, SCHEME, path)} for changed, path, k, seed in cases]
+
+
+def report(rows: list[Row], flows: list[str]) -> str:
+    """The Markdown page: means over the seeds, with every one."""
+    lines = [f"# Keys of the coarse level, {date.today()}", "", f"{describe()}. `{command()}`", ""]
+    lines += ["Distances to the reference in units of its noise, as in turbulence.py: mean over the seeds (and of each).", ""]
+    for kind in flows:
+        of_flow = [row for row in rows if row["flow"] == kind]
+        cells = [
+            [keys, *(spread([row[name] for row in of_flow if row["keys"] == keys], name) for name in COLUMNS)]
+            for keys in dict.fromkeys(row["keys"] for row in of_flow)
+        ]
+        lines += [f"## {kind}", "", *table(("keys per axis and patch", *COLUMNS.values()), cells)]
+    return "\n".join(lines)
+
+
+def spread(values: list[float], name: str) -> str:
+    """Mean, and in brackets all."""
+    digits = 1 if name in DISTANCES else 3
+    return f"{statistics.mean(values):.{digits}f} ({', '.join(f'{value:.{digits}f}' for value in values)})"
+
+
+def main() -> None:
+    """Read the arguments, and go through the flows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flows", nargs="+", choices=SMALL, default=list(SMALL))
+    parser.add_argument("--keys", nargs="+", type=int, default=[4, 2, 1], help="per axis and patch (default %(default)s)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of the training (default %(default)s)")
+    parser.add_argument("--folder", type=Path, default=Path("runs/keys"), help="of data and runs (default %(default)s)")
+    args = parser.parse_args()
+    path, rows = stem("keys"), []
+    for kind in args.flows:
+        rows += run_flow(SMALL[kind], args.folder / kind, args.keys, args.seeds)
+        write_rows(path.with_suffix(".csv"), rows)
+        path.with_suffix(".md").write_text(report(rows, args.flows))
+    print(path.with_suffix(".md").read_text())
+
+
+if __name__ == "__main__":
+    main()
