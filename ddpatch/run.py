@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpatch.config import Config, build
+from ddpatch.config import Config, ModelConfig, build
 from ddpatch.data.batches import check_grid
 from ddpatch.data.fields import FieldFile
 from ddpatch.data.normalisation import Normalisation, measure_normalisation, measure_stencil
@@ -101,21 +101,23 @@ def resolve(config: Config, file: FieldFile) -> Config:
     domain = dataclasses.replace(config.domain, grid=grid, periodic=periodic)
     check_grid(file, grid, periodic)
     if config.model.paths.whole:
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, tokens=_tokens_of_whole(config, grid)))
+        config = dataclasses.replace(config, model=_model_of_whole(config, grid))
         domain = dataclasses.replace(domain, patch=grid)
     if config.data.holdout >= file.header.samples:
         raise UserError(f"data.holdout: {config.data.holdout} leaves none of the {file.header.samples} samples of {file.path}")
     return dataclasses.replace(config, domain=domain)
 
 
-def _tokens_of_whole(config: Config, grid: Sequence[int]) -> int:
-    """Tokens per axis of the whole grid as one patch, where every configured patch has ``model.tokens``."""
-    counts = {config.model.tokens * n // p for n, p in zip(grid, config.domain.patch, strict=True)}
+def _model_of_whole(config: Config, grid: Sequence[int]) -> ModelConfig:
+    """The model of the whole grid as one patch, with the tokens and keys per length of the configured patches."""
+    model, axes = config.model, list(zip(grid, config.domain.patch, strict=True))
+    counts = {(model.tokens * n // p, model.coarse_keys and model.coarse_keys * n // p) for n, p in axes}
     if len(counts) > 1:
         raise UserError(
             f"model.coupling: full-domain needs as many patches on every axis, got {list(config.domain.patch)} in {list(grid)}"
         )
-    return counts.pop()
+    tokens, keys = counts.pop()
+    return dataclasses.replace(model, tokens=tokens, coarse_keys=keys)
 
 
 def measure_field(config: Config, file: FieldFile, comm: Communicator, most: int = 64) -> Field:

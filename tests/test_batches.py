@@ -87,6 +87,7 @@ def test_a_constant_channel_is_refused(tmp_path: Path) -> None:
     [
         ((32, 24), (True, True), "does not fit into the fields"),
         ((16, 24, 8), (True, True, True), "does not fit into the fields"),
+        ((16, 24), (False,), r"domain.periodic: expected 2 values, one per axis, got \[False\]"),
         ((8, 24), (True, True), "axis 0 cannot be periodic, it covers 8 of the 16 points"),
     ],
 )

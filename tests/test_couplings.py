@@ -89,6 +89,15 @@ def test_the_full_domain_is_one_patch_without_an_edge(tmp_path: Path) -> None:
         torch.testing.assert_close(shifted, denoise(x, torch.ones(1)).roll((2, -4), (3, 4)))
 
 
+def test_the_full_domain_has_the_keys_of_all_patches(tmp_path: Path) -> None:
+    path = write_fields(tmp_path / "data.h5", grid=(24, 24))
+    config = small_config(path, model={"coupling": "full-domain", "coarse_keys": 2})
+    with FieldFile(path) as file:
+        found = resolve(config, file)
+        assert (found.model.tokens, found.model.coarse_keys) == (12, 6)
+        assert resolve(found, file) == found
+
+
 def test_a_full_domain_has_one_grid(tmp_path: Path) -> None:
     path = write_fields(tmp_path / "data.h5", grid=(16, 16))
     config = small_config(path, model={"coupling": "full-domain"}, train={"steps": 1})

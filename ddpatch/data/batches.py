@@ -84,6 +84,8 @@ def check_grid(file: FieldFile, grid_shape: Sequence[int], periodic: Sequence[bo
     full = file.header.grid_shape
     if len(full) != len(grid_shape) or any(m > n for m, n in zip(grid_shape, full, strict=False)):
         raise UserError(f"domain.grid: {list(grid_shape)} does not fit into the fields of {file.path}, {list(full)}")
+    if len(periodic) != len(full):
+        raise UserError(f"domain.periodic: expected {len(full)} values, one per axis, got {list(periodic)}")
     for axis, (m, n, wraps, closes) in enumerate(zip(grid_shape, full, periodic, file.header.periodic, strict=True)):
         if wraps and not (closes and m == n):
             why = "is not periodic in the file" if not closes else f"covers {m} of the {n} points of the file"
