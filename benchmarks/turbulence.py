@@ -7,9 +7,9 @@ Two flows: two-dimensional Kolmogorov flow on 16 patches, forced isotropic turbu
 whole domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); independent
 patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. MultiDiffusion and PaDIS sample with the network
 of the independent patches. Where patches are coupled the tiling moves too, as it does by default; "fixed tiling" is without, and
-"lagged" is fixed tiling with a coarse level that speaks of the evaluation before, at the same noise scale. Where there is no
+"lagged" is fixed tiling with a coarse level that speaks of the evaluation before, at the same level scale. Where there is no
 transformer the coarsest level is wider for it. Every network is calibrated (ddpatch calibrate) with a quarter as many samples as
-are drawn, on the training data; where no noise scale mends the energy, and for overlapping windows, it is 1.
+are drawn, on the training data; where no level scale mends the energy, and for overlapping windows, it is 1.
 The first row is that of the training data themselves: what no sampler can be expected to beat.
 
 Figures are distances to an independent reference in units of the noise floor, that is of the distance between two halves of the
@@ -62,7 +62,7 @@ SCHEMES = {  # name: (coupling of the network, how it is sampled)
     "halo and tokens, fixed tiling": ("two-level", "fixed"),
     "halo and tokens, lagged": ("two-level", "lagged"),
 }
-FACTS = ("noise_scale", "seconds", "memory", "bytes", "parameters")  # of a sampling
+FACTS = ("level_scale", "seconds", "memory", "bytes", "parameters")  # of a sampling
 DISTANCES = {
     "spectrum": "spectrum",
     "structure_function": "S₂",
@@ -147,16 +147,16 @@ def worker(run: Path, way: str, count: int, output: Path) -> None:
     """Draw samples and print what it took. Collective."""
     comm = Communicator()
     sampler = Sampler(run, comm)
-    scale = 1.0 if way == "overlap" else sampler.noise_scale("dpm++2m", 20)
+    scale = 1.0 if way == "overlap" else sampler.level_scale("dpm++2m", 20)
     comm.bytes.clear()
     start = time.perf_counter()
     if way == "overlap":
         draw_overlapping(sampler, count, output)
     else:
-        told = [f"sample.noise_scale={scale}", "sample.lagged=true"] if way == "lagged" else []
+        told = [f"sample.level_scale={scale}", "sample.lagged=true"] if way == "lagged" else []
         sample_verb(run, output, count, comm, overrides=told, shift=way == "moving", overwrite=True)
     facts = {
-        "noise_scale": scale,
+        "level_scale": scale,
         "seconds": (time.perf_counter() - start) / count,
         "memory": max(comm.gather(peak_memory(sampler.device))) / 2**30,
         "bytes": sum(comm.gather(sum(comm.bytes[kind] for kind in ("halo", "allgather", "roll")))) / count * (comm.size > 1),
@@ -240,7 +240,7 @@ def section(flow: Flow, rows: list[dict[str, Any]]) -> list[str]:
         *DISTANCES.values(),
         "spectrum, mean abs ln",
         "J",
-        "noise scale",
+        "level scale",
         "parameters",
         "s per sample",
         "GiB per rank",
@@ -267,7 +267,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     found = [f"{row['spectrum_error']:.3f}", f"{row['seam_ratio']:.3f}"]
     if row["parameters"] is None:
         return [*ratios, *found, *[""] * len(FACTS)]
-    facts = [f"{row['noise_scale']:.4f}", str(row["parameters"]), f"{row['seconds']:.2f}", f"{row['memory']:.2f}"]
+    facts = [f"{row['level_scale']:.4f}", str(row["parameters"]), f"{row['seconds']:.2f}", f"{row['memory']:.2f}"]
     return [*ratios, *found, *facts, f"{row['bytes'] / 1e6:.2f}"]
 
 

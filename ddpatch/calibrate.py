@@ -1,8 +1,9 @@
-"""The verb ``calibrate``: the noise scale with which the samples of a run have the energy of its training data."""
+"""The verb ``calibrate``: the scale of noise levels with which the samples of a run have the energy of its training data."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from ddpatch.run import Field
 from ddpatch.sample import CALIBRATION, Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
-TRIAL = 1.01
-LEAST, MOST = 0.9, 1.1
+TRIAL, TRIALS = 1.05, 3
+LEAST, MOST = 0.8, 2.0
 
 
 def calibrate(
@@ -34,19 +35,19 @@ def calibrate(
 
         m(λ) = mean over shells k of ln(E_λ(k) / E(k)),   m(λ*) = 0,
 
-    with E of the training data, over the resolved shells (a third of the points per axis). m is close to linear: λ* is where the
-    line through m(1) and m(1.01) is 0, found with the same noise for both. The data's spectrum is that in the checkpoint: no
-    reference is seen.
+    with E of the training data, over the resolved shells (a third of the points per axis). Two steps of the secant method, from
+    m(1) and m(1.05), with the same noise for all three trials. The data's spectrum is that in the checkpoint: no reference is
+    seen.
 
     Arguments:
         folder: Of the run; its newest checkpoint is calibrated.
         comm: The ranks that share every sample.
-        count: Samples of either trial; the error of λ is that of m, divided by its slope.
+        count: Samples of every trial; the error of λ is that of m, divided by its slope.
         solver, steps, overrides: As for :func:`ddpatch.sample.sample`.
         progress: Called on every rank with the solver steps done and to do.
 
     Returns:
-        What is kept: ``checkpoint``, ``solver``, ``steps``, ``noise_scale``, and ``energy``, which is m(1).
+        What is kept: ``checkpoint``, ``solver``, ``steps``, ``level_scale``, and ``energy``, which is m(1).
 
     Raises:
         UserError: if the samples have energies that no scale from 0.9 to 1.1 mends.
@@ -57,19 +58,20 @@ def calibrate(
 
     def energy(trial: int, scale: float) -> float:
         def both(done: int, total: int) -> None:
-            progress(trial * total + done, 2 * total)
+            progress(trial * total + done, TRIALS * total)
 
-        path, forced = folder / f".calibration-{scale:g}.h5", [*overrides, f"sample.noise_scale={scale}"]
+        path, forced = folder / f".calibration-{scale:g}.h5", [*overrides, f"sample.level_scale={scale}"]
         sample(folder, path, count, comm, solver, steps, overrides=forced, mode="gather", overwrite=True, progress=both)
         found = excess_energy(path, sampler.field, comm)
         comm.on_root(lambda: _remove(path))
         return found
 
     first, second = energy(0, 1.0), energy(1, TRIAL)
-    scale = 1 - first * (TRIAL - 1) / (second - first)
+    trial = min(max(_secant(1.0, first, TRIAL, second), LEAST), MOST)
+    scale = _secant(TRIAL, second, trial, energy(2, trial))
     if not LEAST <= scale <= MOST:
         raise UserError(
-            f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a noise scale from {LEAST} to "
+            f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a level scale from {LEAST} to "
             f"{MOST} mends, not {scale:.3g}; train longer"
         )
     kept: dict[str, Any] = {
@@ -77,7 +79,7 @@ def calibrate(
         "solver": solver,
         "steps": steps,
         "lagged": settings.lagged,
-        "noise_scale": scale,
+        "level_scale": scale,
         "energy": first,
     }
     comm.on_root(lambda: _keep(folder / CALIBRATION, kept))
@@ -91,6 +93,11 @@ def excess_energy(path: Path, field: Field, comm: Communicator) -> float:
         found, _ = mode_deviation(file, range(file.header.samples), comm, None, np.asarray(affine.mean), np.asarray(affine.std))
         shells = slice(1, min(file.header.grid_shape) // 3 + 1)
     return float(2 * np.log(found.numpy()[shells] / np.asarray(field.spectrum[0])[shells]).mean())
+
+
+def _secant(low: float, below: float, high: float, above: float) -> float:
+    """Where the line through (low, below) and (high, above) is 0; infinite where it never is."""
+    return high - above * (high - low) / (above - below) if above != below else math.inf
 
 
 def _keep(path: Path, kept: dict[str, Any]) -> None:

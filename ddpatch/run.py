@@ -71,7 +71,7 @@ class Field:
     @property
     def schedule(self) -> Schedule:
         """The noise levels."""
-        return Schedule(self.sigma_min, self.sigma_max)
+        return Schedule(self.sigma_min, self.sigma_max, deviation=tuple(self.spectrum[0][1:]))
 
     def as_state(self) -> dict[str, Any]:
         """For checkpoints: plain lists, numbers and tensors."""

@@ -118,6 +118,19 @@ def test_training_levels_fill_the_range_evenly() -> None:
     torch.testing.assert_close(gaps, gaps.mean().expand_as(gaps))
 
 
+def test_every_shell_has_as_much_of_the_training_levels() -> None:
+    """Shells at 0.1 and 50, and one out of the range: beside the even tenth, a half of the levels is around each."""
+    schedule = Schedule(0.001, 5000.0, deviation=(50.0, 0.1, 1e-5))
+    levels = torch.cat([schedule.training(u / 100, 4) for u in range(100)]).log()
+    span, middle = math.log(5000.0 / 0.001), math.log(0.1 * 50.0) / 2
+    assert float(levels.min()) == pytest.approx(math.log(0.001)) and float(levels.max()) < math.log(5000.0)
+    low = 0.45 + 0.1 * (middle - math.log(0.001)) / span
+    assert float((levels < middle).double().mean()) == pytest.approx(low, abs=0.01)
+    for shell in (0.1, 50.0):
+        near = (levels - math.log(shell)).abs() < math.log(3)  # W (1 - W) holds tanh(ln 3) = 0.8 there
+        assert float(near.double().mean()) == pytest.approx(0.45 * 0.8 + 0.1 * 2 * math.log(3) / span, abs=0.01)
+
+
 def test_sampling_levels_descend_from_the_range_to_zero() -> None:
     steps = Schedule(0.02, 200.0).steps(18)
     assert len(steps) == 19

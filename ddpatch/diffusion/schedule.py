@@ -8,30 +8,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MAX_FACTOR, MIN_FACTOR, ROUND_OFF = 8.0, 0.3, 1e-5
+EVEN, NODES = 0.1, 1001  # of the distribution of trained noise levels
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The range [σ_min, σ_max], trained log-uniformly, and sampled in N steps at
+    """The range [σ_min, σ_max], sampled in N steps at
 
-        σ_i = (σ_max^(1/ρ) + i/(N-1) (σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ,   i = 0 .. N-1,   σ_N = 0.
+        σ_i = (σ_max^(1/ρ) + i/(N-1) (σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ,   i = 0 .. N-1,   σ_N = 0,
+
+    and trained with a density of ln σ that has as much for every shell of the data's spectrum, where that emerges from noise:
+
+        p(ln σ) = 0.9 Σ_k W_k (1 - W_k) / Z + 0.1 / ln(σ_max / σ_min),   W_k = s_k² / (s_k² + σ²),   σ_min ≤ s_k ≤ σ_max,
+
+    W_k being the share of shell k that the linear denoiser keeps: where it is 0 or 1, no network has anything to add. Without
+    shells the density is uniform.
 
     Arguments:
         sigma_min, sigma_max: The range.
         rho: Exponent ρ: larger values put more steps at low noise.
+        deviation: s_k for k = 1, 2, ..., standard deviations of an orthonormal Fourier mode of the normalised data.
     """
 
     sigma_min: float
     sigma_max: float
     rho: float = 7.0
+    deviation: tuple[float, ...] = ()
 
     def training(self, uniform: float, batch: int) -> Tensor:
-        """Log-uniform noise levels of a batch, stratified: the same random offset in each of ``batch`` equal strata.
+        """Noise levels of a batch, stratified: the same random offset in each of ``batch`` equally probable strata.
 
         Arguments:
             uniform: A random number in [0, 1).
@@ -40,14 +53,26 @@ class Schedule:
         Returns:
             Noise levels with shape ``[sample]``, float64.
         """
-        quantile = (torch.arange(batch, dtype=torch.float64) + uniform) / batch
-        return self.sigma_min * (self.sigma_max / self.sigma_min) ** quantile
+        return torch.from_numpy(np.exp(np.interp((np.arange(batch) + uniform) / batch, *_quantiles(self))))
 
     def steps(self, count: int) -> Tensor:
         """The ``count`` + 1 noise levels of a sampler, from σ_max down to σ_min and then 0, float64."""
         ramp = torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.zeros(1, dtype=torch.float64)
         high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
         return torch.cat([(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)])
+
+
+@lru_cache(4)
+def _quantiles(schedule: Schedule) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The distribution function of the trained ln σ, and ln σ, at :data:`NODES` points."""
+    level = np.linspace(math.log(schedule.sigma_min), math.log(schedule.sigma_max), NODES)
+    shells = np.array([s for s in schedule.deviation if schedule.sigma_min <= s <= schedule.sigma_max])
+    kept = 1 / (1 + (np.exp(level)[:, None] / shells) ** 2)
+    density, even = (kept * (1 - kept)).sum(1), np.linspace(0, 1, NODES)
+    if not len(shells):
+        return even, level
+    below = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    return EVEN * even + (1 - EVEN) * below / below[-1], level
 
 
 def sigma_range(deviation: Tensor, last_shell: int) -> tuple[float, float]:
