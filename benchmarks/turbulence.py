@@ -147,13 +147,13 @@ def worker(run: Path, way: str, count: int, output: Path) -> None:
     """Draw samples and print what it took. Collective."""
     comm = Communicator()
     sampler = Sampler(run, comm)
-    scale = 1.0 if way == "overlap" else sampler.level_scale("dpm++2m", 20)
+    scale = 1.0 if way == "overlap" else sampler.noise_scale("dpm++2m", 20)
     comm.bytes.clear()
     start = time.perf_counter()
     if way == "overlap":
         draw_overlapping(sampler, count, output)
     else:
-        told = [f"sample.level_scale={scale}", "sample.lagged=true"] if way == "lagged" else []
+        told = [f"sample.noise_scale={scale}", "sample.lagged=true"] if way == "lagged" else []
         sample_verb(run, output, count, comm, overrides=told, shift=way == "moving", overwrite=True)
     facts = {
         "level_scale": scale,

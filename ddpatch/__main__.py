@@ -105,6 +105,7 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
 def calibrate(args: argparse.Namespace, comm: Communicator) -> None:
     """Find the scale of noise levels with which samples of a run have the energy of its data, and keep it for sampling."""
     from ddpatch.calibrate import calibrate as run
+    from ddpatch.sample import SCALE
 
     with tqdm(desc="calibrate", unit="solver step", disable=comm.rank > 0) as bar:
 
@@ -114,7 +115,7 @@ def calibrate(args: argparse.Namespace, comm: Communicator) -> None:
 
         found = run(args.run, comm, args.count, args.solver, args.steps, args.set, progress)
     if comm.rank == 0:
-        print(f"level scale {found['level_scale']:.4f}; without it the energy is off by {found['energy']:+.3f} (logarithm)")
+        print(f"noise scale {found[SCALE]:.4f}; without it the energy is off by {found['energy']:+.3f} (logarithm)")
 
 
 def evaluate(args: argparse.Namespace, comm: Communicator) -> None:

@@ -15,7 +15,7 @@ from ddpatch.errors import UserError
 from ddpatch.io.volume import replace_when_complete
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import Field
-from ddpatch.sample import CALIBRATION, Sampler, sample
+from ddpatch.sample import CALIBRATION, SCALE, Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
 TRIAL, TRIALS = 1.05, 3
@@ -60,7 +60,7 @@ def calibrate(
         def both(done: int, total: int) -> None:
             progress(trial * total + done, TRIALS * total)
 
-        path, forced = folder / f".calibration-{scale:g}.h5", [*overrides, f"sample.level_scale={scale}"]
+        path, forced = folder / f".calibration-{scale:g}.h5", [*overrides, f"sample.noise_scale={scale}"]
         sample(folder, path, count, comm, solver, steps, overrides=forced, mode="gather", overwrite=True, progress=both)
         found = excess_energy(path, sampler.field, comm)
         comm.on_root(lambda: _remove(path))
@@ -71,7 +71,7 @@ def calibrate(
     scale = _secant(TRIAL, second, trial, energy(2, trial))
     if not LEAST <= scale <= MOST:
         raise UserError(
-            f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a level scale from {LEAST} to "
+            f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a noise scale from {LEAST} to "
             f"{MOST} mends, not {scale:.3g}; train longer"
         )
     kept: dict[str, Any] = {
@@ -79,7 +79,7 @@ def calibrate(
         "solver": solver,
         "steps": steps,
         "lagged": settings.lagged,
-        "level_scale": scale,
+        SCALE: scale,
         "energy": first,
     }
     comm.on_root(lambda: _keep(folder / CALIBRATION, kept))

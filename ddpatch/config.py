@@ -167,7 +167,7 @@ class TrainConfig:
 class SampleConfig:
     """How samples are drawn: ``solver`` is ``heun`` or ``dpm++2m``, ``steps`` the number of solver steps. ``shift`` lets the
     patches tile the grid from another origin in every evaluation, along periodic axes, where the training did so too. The noise
-    level that the network is told is divided by ``level_scale``, less so where there is much noise
+    level that the network is told is divided by ``noise_scale``, less so where there is much noise
     (:class:`ddpatch.diffusion.solvers.Solver`); ``null`` takes what ``ddpatch calibrate`` found for the checkpoint, or 1.
     ``lagged`` lets the coarse level speak of the evaluation before, so that the gather of tokens goes on while patches are
     decoded and encoded; the tiling stays where it is then.
@@ -177,11 +177,11 @@ class SampleConfig:
     steps: int = 20
     shift: bool = True
     lagged: bool = False
-    level_scale: float | None = None
+    noise_scale: float | None = None
 
     def __post_init__(self) -> None:
-        scale = self.level_scale
-        _require(scale is None or scale > 0, "sample.level_scale", scale, "a positive number")
+        scale = self.noise_scale
+        _require(scale is None or scale > 0, "sample.noise_scale", scale, "a positive number")
         _one_of(self.solver, ("heun", "dpm++2m"), "sample.solver")
         _require(self.steps > 0, "sample.steps", self.steps, "a positive number")
 

@@ -39,6 +39,7 @@ from ddpatch.run import Field, build_for_sampling, decompose, dtype, make_denois
 
 Progress = Callable[[int], None]
 CALIBRATION = "calibration.json"
+SCALE = "level_scale"  # in that file, where "noise_scale" was a scale of the predicted noise
 
 
 class MovingTiling:
@@ -120,7 +121,7 @@ class Sampler:
         solver: str,
         steps: int,
         shift: bool = False,
-        level_scale: float = 1.0,
+        noise_scale: float = 1.0,
         progress: Progress = lambda done: None,
     ) -> Tensor:
         """Own patches of some samples in physical units. Collective.
@@ -131,7 +132,7 @@ class Sampler:
             solver: Name of the solver.
             steps: Number of solver steps.
             shift: Move the tiling, where :attr:`movable`.
-            level_scale: By which the solver divides the noise level that the denoiser is told.
+            noise_scale: By which the solver divides the noise level that the denoiser is told.
             progress: Called after every step with the number of steps done.
 
         Returns:
@@ -142,7 +143,7 @@ class Sampler:
         sigmas = self.field.schedule.steps(steps)
         denoise = MovingTiling(self.denoise, self.coupling, seed) if shift and self.movable else self.denoise
         x = noise.to(self.device).mul_(float(sigmas[0]))
-        for done, state in enumerate(make_solver(solver, denoise, level_scale).trajectory(x, sigmas), start=1):
+        for done, state in enumerate(make_solver(solver, denoise, noise_scale).trajectory(x, sigmas), start=1):
             x = state
             progress(done)
         if self.lag is not None:
@@ -161,12 +162,12 @@ class Sampler:
             and any(self.decomposition.periodic)
         )
 
-    def level_scale(self, solver: str, steps: int) -> float:
+    def noise_scale(self, solver: str, steps: int) -> float:
         """That of the configuration, or what calibration found for checkpoint, solver and number of steps, or 1. Collective."""
         wanted = {"checkpoint": self.checkpoint, "solver": solver, "steps": steps, "lagged": self.config.sample.lagged}
         found = self.comm.on_root(lambda: read_calibration(self.folder / CALIBRATION))
-        calibrated = found["level_scale"] if wanted.items() <= found.items() else 1.0
-        return self.config.sample.level_scale or calibrated
+        calibrated = found[SCALE] if wanted.items() <= found.items() else 1.0
+        return self.config.sample.noise_scale or calibrated
 
     def header(self, count: int, **provenance: Any) -> VolumeHeader:
         """The header of a file of ``count`` samples."""
@@ -232,8 +233,8 @@ def sample(
     solver, steps = solver or defaults.solver, steps or defaults.steps
     shift = (defaults.shift if shift is None else shift) and sampler.movable
     batch, total = sampler.config.train.batch, -(-count // sampler.config.train.batch) * steps
-    scale = sampler.level_scale(solver, steps)
-    header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift, level_scale=scale)
+    scale = sampler.noise_scale(solver, steps)
+    header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift, noise_scale=scale)
     mode = mode or sampler.config.output.mode
     with Notice(time_limit) as notice, open_writer(output, header, sampler.decomposition, comm, mode, overwrite) as writer:
         for start in range(0, count, batch):
@@ -259,7 +260,7 @@ def read_calibration(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text())
-        return {"lagged": False, **found, "level_scale": float(found["level_scale"])}
+        return {"lagged": False, **found, SCALE: float(found[SCALE])}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not what ddpatch calibrate writes; run it again, or remove the file") from None
 

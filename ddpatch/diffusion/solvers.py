@@ -23,7 +23,7 @@ class Solver(ABC):
 
     Arguments:
         denoise: D(x, σ), with shapes ``[sample, *]`` and ``[sample]``.
-        level_scale: λ. At noise level σ the denoiser is told σ / (1 + (λ - 1) c_in), c_in = 1 / sqrt(1 + σ²). A trained denoiser
+        noise_scale: λ. At noise level σ the denoiser is told σ / (1 + (λ - 1) c_in), c_in = 1 / sqrt(1 + σ²). A trained denoiser
             takes what it would not have predicted itself for noise, so that its trajectories lose energy; told of less noise
             it leaves them more (Li et al., "Alleviating exposure bias in diffusion models through sampling with shifted time
             steps", ICLR 2024), the more the less noise there is beside the data.
@@ -32,8 +32,8 @@ class Solver(ABC):
     name: str
     evaluations_per_step: int
 
-    def __init__(self, denoise: Denoise, level_scale: float = 1.0) -> None:
-        self._denoise, self._level_scale = denoise, level_scale
+    def __init__(self, denoise: Denoise, noise_scale: float = 1.0) -> None:
+        self._denoise, self._noise_scale = denoise, noise_scale
         self.evaluations = 0
 
     @abstractmethod
@@ -61,7 +61,7 @@ class Solver(ABC):
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         """D(x; σ) at one noise level for all samples, counted."""
         self.evaluations += 1
-        told = sigma / (1 + (self._level_scale - 1) / math.sqrt(1 + sigma**2))
+        told = sigma / (1 + (self._noise_scale - 1) / math.sqrt(1 + sigma**2))
         return self._denoise(x, torch.full((len(x),), told, dtype=torch.float64, device=x.device))
 
 
@@ -113,7 +113,7 @@ class DPMSolverPP2M(Solver):
 SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Heun, DPMSolverPP2M)}
 
 
-def make_solver(name: str, denoise: Denoise, level_scale: float = 1.0) -> Solver:
+def make_solver(name: str, denoise: Denoise, noise_scale: float = 1.0) -> Solver:
     """The solver of that name.
 
     Raises:
@@ -121,4 +121,4 @@ def make_solver(name: str, denoise: Denoise, level_scale: float = 1.0) -> Solver
     """
     if name not in SOLVERS:
         raise UserError(f"solver: expected one of {', '.join(SOLVERS)}, got '{name}'{nearest(name, SOLVERS)}")
-    return SOLVERS[name](denoise, level_scale)
+    return SOLVERS[name](denoise, noise_scale)

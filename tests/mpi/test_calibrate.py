@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -69,12 +70,14 @@ def test_sampling_takes_what_was_calibrated_for_its_checkpoint_and_solver(comm: 
     sampler = Sampler(run, comm)
     found = {"checkpoint": sampler.checkpoint, "solver": "heun", "steps": 3, "level_scale": 1.02}
     comm.on_root(lambda: kept.write_text(json.dumps(found)))
-    assert sampler.level_scale("heun", 3) == 1.02 and sampler.level_scale("heun", 4) == 1.0
+    assert sampler.noise_scale("heun", 3) == 1.02 and sampler.noise_scale("heun", 4) == 1.0
     sample(run, shared_path / "samples.h5", 1, comm, "heun", 3)
     with h5py.File(shared_path / "samples.h5") as file:
-        assert file["fields"].attrs["level_scale"] == 1.02
-    assert Sampler(run, comm, overrides=["sample.level_scale=1.5"]).level_scale("heun", 3) == 1.5
+        assert file["fields"].attrs["noise_scale"] == 1.02
+    assert Sampler(run, comm, overrides=["sample.noise_scale=1.5"]).noise_scale("heun", 3) == 1.5
     comm.barrier()
-    comm.on_root(lambda: kept.write_text("{}}"))
-    with pytest.raises(UserError, match=r"calibration\.json: not what ddpatch calibrate writes"):
-        sampler.level_scale("heun", 3)
+    for mistaken in ("{}}", '{"checkpoint": "of an earlier version", "noise_scale": 1.02}'):
+        comm.barrier()
+        comm.on_root(partial(kept.write_text, mistaken))
+        with pytest.raises(UserError, match=r"calibration\.json: not what ddpatch calibrate writes"):
+            sampler.noise_scale("heun", 3)
