@@ -19,7 +19,7 @@ from ddpatch.sample import CALIBRATION, SCALE, Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
 TRIAL, TRIALS = 1.05, 3
-LEAST, MOST = 0.8, 2.0
+LEAST, MOST = 0.9, 2.0
 
 
 def calibrate(
@@ -50,7 +50,7 @@ def calibrate(
         What is kept: ``checkpoint``, ``solver``, ``steps``, ``level_scale``, and ``energy``, which is m(1).
 
     Raises:
-        UserError: if the samples have energies that no scale from 0.9 to 1.1 mends.
+        UserError: if the samples have energies that no scale from 0.9 to 2 mends.
     """
     sampler = Sampler(folder, comm, overrides=overrides)
     settings = sampler.config.sample
