@@ -38,27 +38,33 @@ def test_the_scale_undoes_noise_that_is_taken_for_more(comm: Communicator, solve
     assert make_solver(solver, too_much).solve(noise, sigmas).var() < 0.99 * expected.var()
 
 
+def take_noise_for(monkeypatch: pytest.MonkeyPatch, more: float) -> None:
+    """From here on samplers take σ for σ (1 + more c_in)."""
+    made = Sampler.__init__
+
+    def mistaken(self: Sampler, *args: object, **options: object) -> None:
+        made(self, *args, **options)  # type: ignore[arg-type]
+        exact = self.denoise
+        self.denoise = lambda x, sigma: exact(x, sigma * (1 + more / (1 + sigma.square()).sqrt()))  # type: ignore[assignment]
+
+    monkeypatch.setattr(Sampler, "__init__", mistaken)
+
+
 def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The network is the exact linear denoiser and a little noise; told of 5 % more of it at the end it needs 0.05 more scale."""
+    """The network is the exact linear denoiser and a little noise. What takes noise for 0.05 more at the end needs 0.05 more
+    of the scale; what takes it for half has too much energy, which is not what the scale is for.
+    """
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5", samples=32))
     train(small_config(data, "float32", train={"steps": 1, "batch": 8}, model={"halo": 4}), shared_path / "run", comm)
     right = calibrate(shared_path / "run", comm, count=16, steps=10)
-    made, known = Sampler.__init__, []
-
-    def wrong(self: Sampler, *args: object, **options: object) -> None:
-        made(self, *args, **options)  # type: ignore[arg-type]
-        exact = self.denoise
-
-        def too_much(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-            return exact(x, sigma * (1 + 0.05 / (1 + sigma.square()).sqrt()))
-
-        self.denoise = too_much  # type: ignore[assignment]
-        known.append(self)
-
-    monkeypatch.setattr(Sampler, "__init__", wrong)
-    found = calibrate(shared_path / "run", comm, count=16, steps=10)
-    assert known and found["level_scale"] == pytest.approx(right["level_scale"] + 0.05, abs=5e-3)
+    with monkeypatch.context() as patched:
+        take_noise_for(patched, 0.05)
+        found = calibrate(shared_path / "run", comm, count=16, steps=10)
+    assert found["level_scale"] == pytest.approx(right["level_scale"] + 0.05, abs=5e-3)
     assert found["energy"] < right["energy"] - 0.005
+    take_noise_for(monkeypatch, -0.5)
+    with pytest.raises(UserError, match=r"energy of samples is off by \+.*, expected what a noise scale from 0.9 to 2.0 mends"):
+        calibrate(shared_path / "run", comm, count=16, steps=10)
     comm.barrier()
     assert not list((shared_path / "run").glob(".calibration*"))
 
