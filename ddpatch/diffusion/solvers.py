@@ -23,10 +23,10 @@ class Solver(ABC):
 
     Arguments:
         denoise: D(x, σ), with shapes ``[sample, *]`` and ``[sample]``.
-        noise_scale: λ. At noise level σ the denoiser is told σ / (1 + (λ - 1) c_in), c_in = 1 / sqrt(1 + σ²). A trained denoiser
-            takes what it would not have predicted itself for noise, so that its trajectories lose energy; told of less noise
-            it leaves them more (Li et al., "Alleviating exposure bias in diffusion models through sampling with shifted time
-            steps", ICLR 2024), the more the less noise there is beside the data.
+        noise_scale: λ. At noise level σ the denoiser is told σ / (1 + (λ - 1) c_in), c_in = 1 / sqrt(1 + σ²). Trajectories of a
+            trained denoiser lose energy; told of less noise it leaves them more (Li et al., "Alleviating exposure bias in
+            diffusion models through sampling with shifted time steps", ICLR 2024), the more the less noise there is beside
+            the data.
     """
 
     name: str
