@@ -53,7 +53,7 @@ def work(args: argparse.Namespace, comm: Communicator) -> None:
     """Measure on these ranks, and print the rows. Collective."""
     grid = grid_of(args.mode, args.points, comm.size)
     model = {"channels": args.channels, "tokens": args.tokens, "coarse_keys": args.keys}
-    with open_training(args.worker, grid, (args.patch,) * 3, model, comm) as training:
+    with open_training(args.worker, grid, (args.patch,) * 3, model, comm, {"compile": args.compile}) as training:
         verbs = {"train": measure_training, "sample": measure_sampling}
         rows = [
             {"mode": args.mode, "verb": verb, **describe_ranks(training), **verbs[verb](training, args.steps)}
@@ -135,7 +135,7 @@ def run(args: argparse.Namespace) -> None:
     only = "".join(f"-{verb}" for verb in args.verb if len(args.verb) == 1)
     tokens = f"-tokens{args.tokens}" if args.tokens != ModelConfig.tokens else ""
     keys = f"-keys{args.keys}" if args.keys else ""
-    path, page = stem(f"scaling_{args.mode}{only}{tokens}{keys}", args.output), ""
+    path, page = stem(f"scaling_{args.mode}{only}{tokens}{keys}{'-compiled' * args.compile}", args.output), ""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         for i in range(args.rounds):
             alone = args.mode == "weak" and "SLURM_JOB_ID" not in os.environ
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128], help="of the U-Net (default 32 64 128)")
     parser.add_argument("--tokens", type=int, default=ModelConfig.tokens, help="per patch and axis (default %(default)s)")
     parser.add_argument("--keys", type=int, help="per patch and axis, to which tokens attend (default: every token)")
+    parser.add_argument("--compile", action="store_true", help="let torch compile the fine level")
     parser.add_argument(
         "--steps", type=int, default=3, help=f"timed steps of a launch, after {WARM_UP} that are not (default %(default)s)"
     )

@@ -66,7 +66,7 @@ def report(rows: list[Row], args: argparse.Namespace, rounds: int, plotted: str)
         f"{describe(args.threads)}. `{command()}`",
         "",
         f"U-Net {'-'.join(map(str, args.channels))}, {args.tokens}³ tokens a patch, which attend to {args.keys or args.tokens}³",
-        "of every patch, otherwise the defaults;",
+        f"of every patch, {'fine level compiled, ' * args.compile}otherwise the defaults;",
         f"patches of {args.patch}³, 3 channels, batch 1; {args.steps} steps after {WARM_UP} that are not counted,",
         f"{rounds} rounds in which all numbers of ranks took turns.",
         ABOUT,

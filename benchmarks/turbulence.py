@@ -9,7 +9,8 @@ patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. 
 of the independent patches. Where patches are coupled the tiling moves too, as it does by default; "fixed tiling" is without, and
 "lagged" is fixed tiling with a coarse level that speaks of the evaluation before, at the same level scale. Where there is no
 transformer the coarsest level is wider for it. Every network is calibrated (ddpatch calibrate) with a quarter as many samples as
-are drawn, on the training data; where no level scale mends the energy, and for overlapping windows, it is 1.
+are drawn, on the training data; where no level scale mends the energy, and for overlapping windows, it is 1. "ln E, λ = 1" is
+the mean over the resolved shells of ln(E_gen / E_data) before that.
 The first row is that of the training data themselves: what no sampler can be expected to beat.
 
 Figures are distances to an independent reference in units of the noise floor, that is of the distance between two halves of the
@@ -47,7 +48,7 @@ from ddpatch.log import peak_memory
 from ddpatch.model.patches import cut, join
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator
-from ddpatch.sample import Sampler
+from ddpatch.sample import CALIBRATION, Sampler, read_calibration
 from ddpatch.sample import sample as sample_verb
 
 WORKERS = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))  # trainings at a time, and ranks of a sampling
@@ -62,7 +63,7 @@ SCHEMES = {  # name: (coupling of the network, how it is sampled)
     "halo and tokens, fixed tiling": ("two-level", "fixed"),
     "halo and tokens, lagged": ("two-level", "lagged"),
 }
-FACTS = ("level_scale", "seconds", "memory", "bytes", "parameters")  # of a sampling
+FACTS = ("energy", "level_scale", "seconds", "memory", "bytes", "parameters")  # of a sampling
 DISTANCES = {
     "spectrum": "spectrum",
     "structure_function": "S₂",
@@ -156,6 +157,7 @@ def worker(run: Path, way: str, count: int, output: Path) -> None:
         told = [f"sample.noise_scale={scale}", "sample.lagged=true"] if way == "lagged" else []
         sample_verb(run, output, count, comm, overrides=told, shift=way == "moving", overwrite=True)
     facts = {
+        "energy": read_calibration(run / CALIBRATION).get("energy"),
         "level_scale": scale,
         "seconds": (time.perf_counter() - start) / count,
         "memory": max(comm.gather(peak_memory(sampler.device))) / 2**30,
@@ -240,6 +242,7 @@ def section(flow: Flow, rows: list[dict[str, Any]]) -> list[str]:
         *DISTANCES.values(),
         "spectrum, mean abs ln",
         "J",
+        "ln E, λ = 1",
         "level scale",
         "parameters",
         "s per sample",
@@ -267,7 +270,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     found = [f"{row['spectrum_error']:.3f}", f"{row['seam_ratio']:.3f}"]
     if row["parameters"] is None:
         return [*ratios, *found, *[""] * len(FACTS)]
-    facts = [f"{row['level_scale']:.4f}", str(row["parameters"]), f"{row['seconds']:.2f}", f"{row['memory']:.2f}"]
+    energy = "" if row["energy"] is None else f"{row['energy']:+.3f}"
+    facts = [energy, f"{row['level_scale']:.4f}", str(row["parameters"]), f"{row['seconds']:.2f}", f"{row['memory']:.2f}"]
     return [*ratios, *found, *facts, f"{row['bytes'] / 1e6:.2f}"]
 
 

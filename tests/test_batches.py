@@ -113,4 +113,4 @@ def test_the_range_of_noise_levels_covers_the_spectrum(path: Path) -> None:
     spectrum = (1 + sum(a**2 for a in k) / 4) ** -2.0
     deviation = np.sqrt(spectrum / spectrum.mean())
     assert 5 * deviation.max() * 0.6 < field.sigma_max < 10 * deviation.max()
-    assert 0.2 * deviation[0, 5] < field.sigma_min < 0.5 * deviation[0, 5]
+    assert 0.1 * deviation[0, 5] < field.sigma_min < 0.25 * deviation[0, 5]

@@ -1,7 +1,7 @@
 """Noise levels: which are trained, which a sampler visits, and how their range follows from the data.
 
 The process is x_σ = x + σ n with white unit noise n per point. Noise levels are in units of the normalised data's standard
-deviation. Karras, Aittala, Aila, Laine, NeurIPS 2022 (EDM).
+deviation, as in EDM (Karras, Aittala, Aila, Laine, NeurIPS 2022), but range and steps follow the spectrum of the data.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MAX_FACTOR, MIN_FACTOR, ROUND_OFF = 8.0, 0.3, 1e-5
+MAX_FACTOR, MIN_FACTOR, ROUND_OFF = 8.0, 0.15, 1e-5
 EVEN, NODES = 0.1, 1001  # of the distribution of trained noise levels
 
 
@@ -23,9 +23,10 @@ EVEN, NODES = 0.1, 1001  # of the distribution of trained noise levels
 class Schedule:
     """The range [σ_min, σ_max], sampled in N steps at
 
-        σ_i = (σ_max^(1/ρ) + i/(N-1) (σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ,   i = 0 .. N-1,   σ_N = 0,
+        σ_i = σ_max (σ_min / σ_max)^(i/(N-1)),   i = 0 .. N-1,   σ_N = 0,
 
-    and trained with a density of ln σ that has as much for every shell of the data's spectrum, where that emerges from noise:
+    so that every shell of the data's spectrum emerges from noise in as many steps (docs/decisions/0019), and trained with a
+    density of ln σ that has as much for every shell, where it emerges:
 
         p(ln σ) = 0.9 Σ_k W_k (1 - W_k) / Z + 0.1 / ln(σ_max / σ_min),   W_k = s_k² / (s_k² + σ²),   σ_min ≤ s_k ≤ σ_max,
 
@@ -34,13 +35,11 @@ class Schedule:
 
     Arguments:
         sigma_min, sigma_max: The range.
-        rho: Exponent ρ: larger values put more steps at low noise.
         deviation: s_k for k = 1, 2, ..., standard deviations of an orthonormal Fourier mode of the normalised data.
     """
 
     sigma_min: float
     sigma_max: float
-    rho: float = 7.0
     deviation: tuple[float, ...] = ()
 
     def training(self, uniform: float, batch: int) -> Tensor:
@@ -58,8 +57,7 @@ class Schedule:
     def steps(self, count: int) -> Tensor:
         """The ``count`` + 1 noise levels of a sampler, from σ_max down to σ_min and then 0, float64."""
         ramp = torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.zeros(1, dtype=torch.float64)
-        high, low = self.sigma_max ** (1 / self.rho), self.sigma_min ** (1 / self.rho)
-        return torch.cat([(high + ramp * (low - high)) ** self.rho, torch.zeros(1, dtype=torch.float64)])
+        return torch.cat([self.sigma_max * (self.sigma_min / self.sigma_max) ** ramp, torch.zeros(1, dtype=torch.float64)])
 
 
 @lru_cache(4)
@@ -79,9 +77,10 @@ def sigma_range(deviation: Tensor, last_shell: int) -> tuple[float, float]:
     """The range of noise levels that the data need.
 
     In orthonormal Fourier coordinates white noise has standard deviation σ in every mode, and the data has s_k in shell k. At
-    σ_max every mode must be drowned, at σ_min every resolved mode must stand out:
+    σ_max every mode must be drowned, at σ_min every resolved mode must stand out, since the step from there to 0 takes the part
+    σ_min² / s_k² of a shell's energy:
 
-        σ_max = 8 max_k s_k,   k = 0 .. last_shell,   σ_min = 0.3 min_k s_k,   k = 1 .. last_shell,
+        σ_max = 8 max_k s_k,   k = 0 .. last_shell,   σ_min = 0.15 min_k s_k,   k = 1 .. last_shell,
 
     except for shells below 1e-5 of the largest, where single-precision data hold round-off.
 
