@@ -98,7 +98,7 @@ SMALL = {
     "kolmogorov": Flow(
         "kolmogorov", 64, (16, 16), (256, 256, 128), NARROW, [16, 32, 88], {"steps": 1500, "batch": 4, "ema": 600.0}, 2e-3
     ),  # the viscosity that 128² points resolve
-    "isotropic": Flow("isotropic", 32, (16,) * 3, (64, 64, 32), NARROW, [16, 32, 74], {"steps": 450, "batch": 2, "ema": 100.0}),
+    "isotropic": Flow("isotropic", 32, (16,) * 3, (64, 64, 64), NARROW, [16, 32, 74], {"steps": 450, "batch": 2, "ema": 100.0}),
 }
 FULL = {
     "kolmogorov": Flow(
