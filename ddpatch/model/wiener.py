@@ -114,7 +114,7 @@ class LinearPart(nn.Module):
         if not torch.is_grad_enabled():  # those of a training differ, and the host would wait for their number
             levels, which = sigma.unique(return_inverse=True)
         waves = self.waves(grid)
-        gains = torch.stack([self._gain(level, waves)[0] for level in levels])
+        gains = torch.stack([self._gain(*level, waves)[0] for level in zip(levels, self.kernels(levels), strict=True)])
         found = torch.einsum("s...ab,s...b->s...a", gains[which], torch.fft.rfftn(means, dim=dims))
         return torch.fft.irfftn(found, s=grid, dim=dims)
 
@@ -148,23 +148,22 @@ class LinearPart(nn.Module):
     def _factors(self, covariance: Tensor) -> Tensor:
         """ln g at the noise levels of the table: of the error of the stencil, less what the coarse part takes away."""
         points, table = math.prod(self.shape), torch.logspace(*TABLE, dtype=torch.float64)
-        waves = None if self.cell is None else self.waves([n // m for n, m in zip(self.grid, self.cell, strict=True)])
-        found = []
-        for sigma in table:
-            square, rows = sigma.square(), self.kernels(sigma[None])[0].flatten(1)
-            rows = rows * sigma  # D = W y with W = (1 + σ K) / (1 + σ²)
-            rows[torch.arange(self.channels), torch.arange(self.channels) * points + points // 2] += 1
-            rows = rows / (1 + square)
-            middle = covariance[points // 2 :: points]
-            error = middle[:, points // 2 :: points].diagonal() - 2 * (rows * middle).sum(1) + ((rows @ covariance) * rows).sum(1)
-            left = (error + square * rows.square().sum(1)).mean() * (1 + square) / square
-            found.append(left if waves is None else left - self._gain(sigma, waves)[1])
-        return torch.stack(found).clamp(min=1e-6).log() / 2
+        square, kernels = table.square(), self.kernels(table)
+        rows = kernels.flatten(2) * table[:, None, None]  # D = W y with W = (1 + σ K) / (1 + σ²)
+        rows[:, torch.arange(self.channels), torch.arange(self.channels) * points + points // 2] += 1
+        rows = rows / (1 + square)[:, None, None]
+        middle = covariance[points // 2 :: points]
+        error = middle[:, points // 2 :: points].diagonal() - 2 * (rows * middle).sum(2) + ((rows @ covariance) * rows).sum(2)
+        left = (error + square[:, None] * rows.square().sum(2)).mean(1) * (1 + square) / square
+        if self.cell is not None:
+            waves = self.waves([n // m for n, m in zip(self.grid, self.cell, strict=True)])
+            left = left - torch.stack([self._gain(*level, waves)[1] for level in zip(table, kernels, strict=True)])
+        return left.clamp(min=1e-6).log() / 2
 
-    def _gain(self, sigma: Tensor, waves: Waves) -> tuple[Tensor, Tensor]:
+    def _gain(self, sigma: Tensor, kernel: Tensor, waves: Waves) -> tuple[Tensor, Tensor]:
         """v(k) / z(k), with shape ``[*modes, channel, channel]``, and the variance that they take away, times 1 / c_out²."""
         square, p, turn = sigma.square(), waves.values, waves.vectors
-        transfer = self.kernels(sigma[None])[0].to(turn.dtype)
+        transfer = kernel.to(turn.dtype)
         for phase in waves.phases:  # the axis in front is summed over, and its modes come last
             transfer = torch.tensordot(transfer, phase, dims=([2], [0]))
         transfer = turn.mH @ transfer.movedim((0, 1), (-2, -1)) @ turn
