@@ -40,6 +40,7 @@ from launch import launch
 from reports import met, stem, write_rows
 from torch import Tensor
 
+from ddpatch.calibration import CALIBRATION, read_calibration
 from ddpatch.couplings import COUPLINGS
 from ddpatch.decomposition import Decomposition
 from ddpatch.diffusion.solvers import Denoise
@@ -48,7 +49,7 @@ from ddpatch.log import peak_memory
 from ddpatch.model.patches import cut, join
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator
-from ddpatch.sample import CALIBRATION, Sampler, read_calibration
+from ddpatch.sample import Sampler
 from ddpatch.sample import sample as sample_verb
 
 WORKERS = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))  # trainings at a time, and ranks of a sampling

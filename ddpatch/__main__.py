@@ -105,7 +105,7 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
 def calibrate(args: argparse.Namespace, comm: Communicator) -> None:
     """Find the scale of noise levels with which samples of a run have the energy of its data, and keep it for sampling."""
     from ddpatch.calibrate import calibrate as run
-    from ddpatch.sample import SCALE
+    from ddpatch.calibration import SCALE
 
     with tqdm(desc="calibrate", unit="solver step", disable=comm.rank > 0) as bar:
 
@@ -232,7 +232,7 @@ def _add_sample(verbs: Any) -> None:
 def _add_calibrate(verbs: Any) -> None:
     verb = verbs.add_parser("calibrate", help=calibrate.__doc__, description=calibrate.__doc__)
     verb.add_argument("run", type=Path, help="folder of the run")
-    verb.add_argument("--count", type=int, default=32, help="samples of either of two trials (default %(default)s)")
+    verb.add_argument("--count", type=int, default=32, help="samples of each of three trials (default %(default)s)")
     verb.add_argument("--solver", help="as in sample")
     verb.add_argument("--steps", type=int, help="as in sample")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run, as in sample")

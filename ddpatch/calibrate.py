@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ddpatch.calibration import CALIBRATION, SCALE, keep
 from ddpatch.data.fields import FieldFile
 from ddpatch.errors import UserError
-from ddpatch.io.volume import replace_when_complete
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import Field
-from ddpatch.sample import CALIBRATION, SCALE, Sampler, sample
+from ddpatch.sample import Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
 TRIAL, TRIALS = 1.05, 3
@@ -47,7 +46,7 @@ def calibrate(
         progress: Called on every rank with the solver steps done and to do.
 
     Returns:
-        What is kept: ``checkpoint``, ``solver``, ``steps``, ``level_scale``, and ``energy``, which is m(1).
+        What is kept: the sampler's ``setting``, ``level_scale``, and ``energy``, which is m(1).
 
     Raises:
         UserError: if the samples have energies that no scale from 0.9 to 2 mends.
@@ -74,15 +73,8 @@ def calibrate(
             f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a noise scale from {LEAST} to "
             f"{MOST} mends, not {scale:.3g}; train longer"
         )
-    kept: dict[str, Any] = {
-        "checkpoint": sampler.checkpoint,
-        "solver": solver,
-        "steps": steps,
-        "lagged": settings.lagged,
-        SCALE: scale,
-        "energy": first,
-    }
-    comm.on_root(lambda: _keep(folder / CALIBRATION, kept))
+    kept = {**sampler.setting(solver, steps), SCALE: scale, "energy": first}
+    comm.on_root(lambda: keep(folder / CALIBRATION, kept))
     return kept
 
 
@@ -98,11 +90,6 @@ def excess_energy(path: Path, field: Field, comm: Communicator) -> float:
 def _secant(low: float, below: float, high: float, above: float) -> float:
     """Where the line through (low, below) and (high, above) is 0; infinite where it never is."""
     return high - above * (high - low) / (above - below) if above != below else math.inf
-
-
-def _keep(path: Path, kept: dict[str, Any]) -> None:
-    with replace_when_complete(path, overwrite=True) as temporary:
-        temporary.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def _remove(path: Path) -> None:

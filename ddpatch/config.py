@@ -170,11 +170,13 @@ class SampleConfig:
     level that the network is told is divided by ``noise_scale``, less so where there is much noise
     (:class:`ddpatch.diffusion.solvers.Solver`); ``null`` takes what ``ddpatch calibrate`` found for the checkpoint, or 1.
     ``lagged`` lets the coarse level speak of the evaluation before, so that the gather of tokens goes on while patches are
-    decoded and encoded; the tiling stays where it is then.
+    decoded and encoded; the tiling stays where it is then. ``batch`` samples are drawn at a time, ``null`` as many as
+    a step of the training has.
     """
 
     solver: str = "dpm++2m"
     steps: int = 20
+    batch: int | None = None
     shift: bool = True
     lagged: bool = False
     noise_scale: float | None = None
@@ -184,6 +186,7 @@ class SampleConfig:
         _require(scale is None or scale > 0, "sample.noise_scale", scale, "a positive number")
         _one_of(self.solver, ("heun", "dpm++2m"), "sample.solver")
         _require(self.steps > 0, "sample.steps", self.steps, "a positive number")
+        _require(self.batch is None or self.batch > 0, "sample.batch", self.batch, "a positive number of samples")
 
 
 @dataclass(frozen=True)

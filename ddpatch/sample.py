@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpatch import __version__
+from ddpatch.calibration import CALIBRATION, scale_for
 from ddpatch.config import Config
 from ddpatch.diffusion.solvers import Denoise, make_solver
 from ddpatch.errors import Left, UserError
@@ -38,8 +38,6 @@ from ddpatch.random import Stream, generator, patch_noise
 from ddpatch.run import Field, build_for_sampling, decompose, dtype, make_denoiser, make_model
 
 Progress = Callable[[int], None]
-CALIBRATION = "calibration.json"
-SCALE = "level_scale"  # in that file, where "noise_scale" was a scale of the predicted noise
 
 
 class MovingTiling:
@@ -162,12 +160,25 @@ class Sampler:
             and any(self.decomposition.periodic)
         )
 
+    def setting(self, solver: str, steps: int) -> dict[str, Any]:
+        """All that a calibration holds for: checkpoint, solver, number of steps, noise levels, and whether tokens lag."""
+        return {
+            "checkpoint": self.checkpoint,
+            "solver": solver,
+            "steps": steps,
+            "levels": [float(f"{sigma:.4g}") for sigma in self.field.schedule.steps(steps).tolist()],
+            "lagged": self.config.sample.lagged,
+        }
+
     def noise_scale(self, solver: str, steps: int) -> float:
-        """That of the configuration, or what calibration found for checkpoint, solver and number of steps, or 1. Collective."""
-        wanted = {"checkpoint": self.checkpoint, "solver": solver, "steps": steps, "lagged": self.config.sample.lagged}
-        found = self.comm.on_root(lambda: read_calibration(self.folder / CALIBRATION))
-        calibrated = found[SCALE] if wanted.items() <= found.items() else 1.0
-        return self.config.sample.noise_scale or calibrated
+        """That of the configuration, or what calibration found for this :meth:`setting`, or 1. Collective.
+
+        Where calibration was of another setting there is a warning.
+        """
+        if self.config.sample.noise_scale:
+            return self.config.sample.noise_scale
+        wanted, path = self.setting(solver, steps), self.folder / CALIBRATION
+        return self.comm.on_root(lambda: scale_for(wanted, path))
 
     def header(self, count: int, **provenance: Any) -> VolumeHeader:
         """The header of a file of ``count`` samples."""
@@ -232,7 +243,8 @@ def sample(
     defaults = sampler.config.sample
     solver, steps = solver or defaults.solver, steps or defaults.steps
     shift = (defaults.shift if shift is None else shift) and sampler.movable
-    batch, total = sampler.config.train.batch, -(-count // sampler.config.train.batch) * steps
+    batch = defaults.batch or sampler.config.train.batch
+    total = -(-count // batch) * steps
     scale = sampler.noise_scale(solver, steps)
     header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift, noise_scale=scale)
     mode = mode or sampler.config.output.mode
@@ -248,21 +260,6 @@ def sample(
             if comm.union(notice.given()) and len(writer.finished) < count:
                 raise Left(f"left on notice with {len(writer.finished)} of {count} samples; the same command goes on from there")
     comm.on_root(lambda: write_sidecar(output, header, overwrite=True))
-
-
-def read_calibration(path: Path) -> dict[str, Any]:
-    """What ``ddpatch calibrate`` kept, nothing where it was not run.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(path.read_text())
-        return {"lagged": False, **found, SCALE: float(found[SCALE])}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not what ddpatch calibrate writes; run it again, or remove the file") from None
 
 
 def _report(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:

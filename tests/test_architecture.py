@@ -18,7 +18,7 @@ FLOORS = [
     ),
     ("parallel", "data", "io", "statistics", "ledger"),
     (
-        *("execution", "run", "log", "train", "sample", "calibrate", "simulate", "evaluate", "info", "plan"),
+        *("execution", "run", "log", "train", "sample", "calibrate", "calibration", "simulate", "evaluate", "info", "plan"),
         *("training", "rehearsal", "machine", "tuning"),
     ),
     ("__main__",),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stderr
 from functools import partial
+from io import StringIO
 from pathlib import Path
 
 import h5py
@@ -69,19 +71,34 @@ def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path
     assert not list((shared_path / "run").glob(".calibration*"))
 
 
-def test_sampling_takes_what_was_calibrated_for_its_checkpoint_and_solver(comm: Communicator, shared_path: Path) -> None:
+def scale_and_warnings(sampler: Sampler, steps: int) -> tuple[float, list[str]]:
+    """The scale for some steps of Heun's method, and what every rank says of it."""
+    with redirect_stderr(StringIO()) as said:
+        scale = sampler.noise_scale("heun", steps)
+    return scale, sampler.comm.gather(said.getvalue())
+
+
+def test_sampling_takes_what_was_calibrated_for_its_checkpoint_and_levels(comm: Communicator, shared_path: Path) -> None:
+    """Without a word where there is no calibration, with a warning of rank 0 where there is one of something else."""
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
     run, kept = shared_path / "run", shared_path / "run" / "calibration.json"
     train(small_config(data, "float32", train={"steps": 1}), run, comm)
-    sampler = Sampler(run, comm)
-    found = {"checkpoint": sampler.checkpoint, "solver": "heun", "steps": 3, "level_scale": 1.02}
-    comm.on_root(lambda: kept.write_text(json.dumps(found)))
-    assert sampler.noise_scale("heun", 3) == 1.02 and sampler.noise_scale("heun", 4) == 1.0
+    sampler, nothing = Sampler(run, comm), [""] * comm.size
+    assert scale_and_warnings(sampler, 3) == (1.0, nothing)
+    comm.on_root(lambda: kept.write_text(json.dumps({**sampler.setting("heun", 3), "level_scale": 1.02})))
+    assert scale_and_warnings(sampler, 3) == (1.02, nothing)
+    scale, warnings = scale_and_warnings(sampler, 4)
+    assert scale == 1.0 and warnings[1:] == nothing[1:]
+    assert "calibration.json: not used, for it is of another number of steps; run ddpatch calibrate again" in warnings[0]
     sample(run, shared_path / "samples.h5", 1, comm, "heun", 3)
     with h5py.File(shared_path / "samples.h5") as file:
         assert file["fields"].attrs["noise_scale"] == 1.02
     assert Sampler(run, comm, overrides=["sample.noise_scale=1.5"]).noise_scale("heun", 3) == 1.5
     comm.barrier()
+    earlier = {**sampler.setting("heun", 3), "levels": [8.0, 1.0, 0.3, 0.0], "level_scale": 1.02}
+    comm.on_root(lambda: kept.write_text(json.dumps(earlier)))
+    scale, warnings = scale_and_warnings(sampler, 3)
+    assert scale == 1.0 and "of another choice of noise levels" in warnings[0]
     for mistaken in ("{}}", '{"checkpoint": "of an earlier version", "noise_scale": 1.02}'):
         comm.barrier()
         comm.on_root(partial(kept.write_text, mistaken))

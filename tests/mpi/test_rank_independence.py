@@ -17,7 +17,7 @@ from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.gradients import GradientSum
 from ddpatch.run import make_model, measure_field, resolve
-from ddpatch.sample import Sampler
+from ddpatch.sample import Sampler, sample
 from ddpatch.train import train
 from ddpatch.training import Training
 
@@ -95,6 +95,19 @@ def test_samples_do_not_depend_on_the_number_of_ranks(comm: Communicator, shared
         drawn.append(sampler.draw([3, 8], seed=1, solver=solver, steps=10, shift=shift))
     own = slice(sampler.coupling.patches.start, sampler.coupling.patches.stop)
     torch.testing.assert_close(drawn[1], drawn[0][:, own], rtol=1e-4, atol=1e-4)
+
+
+def test_samples_do_not_depend_on_how_many_are_drawn_at_a_time(comm: Communicator, shared_path: Path) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    train(small_config(data, "float32"), shared_path / "run", comm)
+    drawn = []
+    for together in ("null", "1", "3"):
+        path = shared_path / f"{together}.h5"
+        sample(shared_path / "run", path, 4, comm, steps=3, overrides=[f"sample.batch={together}"])
+        with FieldFile(path) as file:
+            drawn.append(torch.stack([torch.from_numpy(file.read(i, (0, 0), (16, 24))) for i in range(4)]))
+    torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn[2], drawn[0], rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_continues_on_another_number_of_ranks(comm: Communicator, shared_path: Path) -> None:
