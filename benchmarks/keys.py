@@ -21,9 +21,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from flows import SMALL, Flow
 from hardware import describe
 from reports import command, stem, table, write_rows
-from turbulence import DISTANCES, SMALL, WORKERS, Flow, measure, prepare, train
+from turbulence import WORKERS, measure, prepare, train
+from turbulence_page import DISTANCES
 
 SCHEME, COUPLING = "halo and tokens", "two-level"
 COLUMNS = {"first": "loss at first", "last": "at last", **DISTANCES, "spectrum_error": "spectrum, mean abs ln", "seam_ratio": "J"}

@@ -1,0 +1,102 @@
+"""The report of turbulence.py: a table for every flow, and whether it holds what it has to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from flows import Flow, samples_of
+from hardware import describe
+from launch import launch
+from reports import command, met, table
+
+OURS = "halo and tokens"
+OTHERS = ("independent patches", "halo", "tokens")  # that it has to be ahead of
+FACTS = ("energy", "level_scale", "seconds", "memory", "bytes", "parameters")  # of a sampling
+DISTANCES = {
+    "spectrum": "spectrum",
+    "structure_function": "S₂",
+    "flatness": "flatness",
+    "increment_pdf": "increments",
+    "divergence": "divergence",
+    "across_correlation": "across patches",
+}
+
+
+def report(rows: list[dict[str, Any]], flows: dict[str, Flow], folder: Path, label: str) -> str:
+    """The Markdown page."""
+    lines = [f"# Couplings on turbulence, {label} mode, {date.today()}", "", f"{describe()}. `{command()}`", ""]
+    for kind in dict.fromkeys(row["flow"] for row in rows):
+        lines += section(flows[kind], [row for row in rows if row["flow"] == kind], folder / kind)
+    return "\n".join(lines)
+
+
+def section(flow: Flow, rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """The table of one flow, and its bars."""
+    columns = [
+        *DISTANCES.values(),
+        "spectrum, mean abs ln",
+        "J",
+        "ln E, λ = 1",
+        "level scale",
+        "parameters",
+        "s per sample",
+        "GiB per rank",
+        "MB sent per sample",
+    ]
+    return [
+        f"## {flow.kind}, {flow.grid}^{len(flow.patch)} points, patches of {'×'.join(map(str, flow.patch))}",
+        "",
+        f"Model {flow.model}; training {flow.train}, one rank; {flow.samples[3]} samples; {flow.samples[1]} of reference, "
+        f"with J {rows[0]['reference_seam_ratio']:.3f}; one training each.",
+        "",
+        f"| scheme | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
+        *(f"| {row['scheme']} | {' | '.join(cells(row))} |" for row in rows),
+        "",
+        *bars(flow, rows, folder),
+        "",
+    ]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table, after its name."""
+    ratios = [f"{row[key]:.1f}" for key in DISTANCES]
+    found = [f"{row['spectrum_error']:.3f}", f"{row['seam_ratio']:.3f}"]
+    if row["parameters"] is None:
+        return [*ratios, *found, *[""] * len(FACTS)]
+    energy = "" if row["energy"] is None else f"{row['energy']:+.3f}"
+    facts = [energy, f"{row['level_scale']:.4f}", str(row["parameters"]), f"{row['seconds']:.2f}", f"{row['memory']:.2f}"]
+    return [*ratios, *found, *facts, f"{row['bytes'] / 1e6:.2f}"]
+
+
+def bars(flow: Flow, rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """What halo and tokens together have to be, as far as there are rows for it."""
+    by_scheme = {row["scheme"]: row for row in rows}
+    if OURS not in by_scheme:
+        return []
+    ours, found = by_scheme[OURS], []
+    others = [scheme for scheme in OTHERS if scheme in by_scheme]
+    for scheme, lead in zip(others, ahead(flow, others, folder), strict=True):
+        for key, (value, error) in lead.items():
+            bar = f"{DISTANCES[key]}: ahead of {scheme} beyond noise"
+            found.append((bar, f"by {value:.2f} ± {error:.2f} floors", value > 2 * error))
+    found.append(("J in [0.97, 1.03]", f"{ours['seam_ratio']:.3f}", 0.97 <= ours["seam_ratio"] <= 1.03))
+    if "full domain" in by_scheme:
+        error, whole = ours["spectrum_error"], by_scheme["full domain"]["spectrum_error"]
+        bar = "spectrum error within 10 % of the full domain's, or better"
+        found.append((bar, f"{error:.3f} against {whole:.3f}", error <= 1.1 * whole))
+    return table(("bar", "found", "met"), [(bar, text, met(holds)) for bar, text, holds in found])
+
+
+def ahead(flow: Flow, others: Sequence[str], folder: Path) -> list[dict[str, tuple[float, float]]]:
+    """Leads of halo and tokens over other schemes, and their standard errors (ahead.py)."""
+    if not others:
+        return []
+    files = [folder / "reference.h5", *(samples_of(scheme, folder) for scheme in (OURS, *others))]
+    script = str(Path(__file__).with_name("ahead.py"))
+    printed = launch(1, script, *map(str, files), "--patch", *map(str, flow.patch), threads=2)
+    return list(json.loads(printed.splitlines()[-1]))
