@@ -23,7 +23,7 @@ SCHEMES = {  # name: (coupling of the network, how it is sampled)
 class Flow:
     """Data, patches, network and budget.
 
-    ``samples``: of training, of the reference, of a trial of calibration, and drawn; ``together``: those drawn at a time.
+    ``samples``: of training, of the reference, of calibration, and drawn; ``together``: those drawn at a time.
     ``uncoupled``: channels that give a network without transformer as many parameters. ``viscosity``: ``None`` takes what the
     grid resolves.
     """
@@ -43,18 +43,26 @@ NARROW = {"channels": [16, 32, 64], "halo": 4, "token_channels": 16, "coarse_wid
 WIDE = {"channels": [64, 128, 256], "halo": 4, "token_channels": 32, "coarse_width": 256, "coarse_layers": 6}
 SMALL = {
     "kolmogorov": Flow(
-        "kolmogorov", 64, (16, 16), (256, 256, 64, 512), 16, NARROW, [16, 32, 88], {"steps": 1500, "batch": 4, "ema": 600.0}, 2e-3
+        "kolmogorov",
+        64,
+        (16, 16),
+        (256, 256, 256, 256),
+        16,
+        NARROW,
+        [16, 32, 88],
+        {"steps": 1500, "batch": 4, "ema": 600.0},
+        2e-3,
     ),  # the viscosity that 128² points resolve
     "isotropic": Flow(
-        "isotropic", 32, (16,) * 3, (64, 64, 16, 64), 2, NARROW, [16, 32, 74], {"steps": 450, "batch": 2, "ema": 100.0}
+        "isotropic", 32, (16,) * 3, (64, 64, 32, 64), 2, NARROW, [16, 32, 74], {"steps": 450, "batch": 2, "ema": 100.0}
     ),
 }
 FULL = {
     "kolmogorov": Flow(
-        "kolmogorov", 128, (32, 32), (1024, 256, 64, 512), 16, WIDE, [64, 128, 424], {"steps": 4000, "batch": 16, "ema": 4000.0}
+        "kolmogorov", 128, (32, 32), (1024, 256, 256, 256), 16, WIDE, [64, 128, 424], {"steps": 4000, "batch": 16, "ema": 4000.0}
     ),
     "isotropic": Flow(
-        "isotropic", 64, (32,) * 3, (256, 64, 16, 64), 4, WIDE, [64, 128, 328], {"steps": 4000, "batch": 4, "ema": 1000.0}
+        "isotropic", 64, (32,) * 3, (256, 64, 32, 64), 4, WIDE, [64, 128, 328], {"steps": 4000, "batch": 4, "ema": 1000.0}
     ),
 }
 

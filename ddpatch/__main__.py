@@ -232,7 +232,12 @@ def _add_sample(verbs: Any) -> None:
 def _add_calibrate(verbs: Any) -> None:
     verb = verbs.add_parser("calibrate", help=calibrate.__doc__, description=calibrate.__doc__)
     verb.add_argument("run", type=Path, help="folder of the run")
-    verb.add_argument("--count", type=int, default=32, help="samples of each of three trials (default %(default)s)")
+    verb.add_argument(
+        "--count",
+        type=int,
+        default=64,
+        help="samples of the last trial, four times those of the two before (default %(default)s)",
+    )
     verb.add_argument("--solver", help="as in sample")
     verb.add_argument("--steps", type=int, help="as in sample")
     verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the run, as in sample")

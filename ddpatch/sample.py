@@ -149,6 +149,11 @@ class Sampler:
         return self.field.normalisation.restore(x)
 
     @property
+    def batch(self) -> int:
+        """Samples that are drawn at a time."""
+        return self.config.sample.batch or self.config.train.batch
+
+    @property
     def movable(self) -> bool:
         """Whether patches may tile the grid from any origin: it closes on itself, the training drew its origin at random, and
         patches are not told where they are, and what they are told is not of the evaluation before.
@@ -243,8 +248,7 @@ def sample(
     defaults = sampler.config.sample
     solver, steps = solver or defaults.solver, steps or defaults.steps
     shift = (defaults.shift if shift is None else shift) and sampler.movable
-    batch = defaults.batch or sampler.config.train.batch
-    total = -(-count // batch) * steps
+    batch, total = sampler.batch, -(-count // sampler.batch) * steps
     scale = sampler.noise_scale(solver, steps)
     header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift, noise_scale=scale)
     mode = mode or sampler.config.output.mode
