@@ -17,6 +17,7 @@ SCHEMES = {  # name: (coupling of the network, how it is sampled)
     "halo and tokens, fixed tiling": ("two-level", "fixed"),
     "halo and tokens, lagged": ("two-level", "lagged"),
 }
+MORE = ("halo and tokens, fixed tiling", "halo and tokens, lagged")
 
 
 @dataclass(frozen=True)
