@@ -30,7 +30,7 @@ simulated() { [[ -e $1 ]] || verb simulate isotropic --grid "$GRID" --samples "$
 simulated "$FOLDER/data.h5" "$SAMPLES" 0
 simulated "$FOLDER/reference.h5" "$REFERENCE" 1
 verb train "$CONFIG" --run "$FOLDER/run" --set "data.path=$FOLDER/data.h5" --set "train.steps=$STEPS"
-verb calibrate "$FOLDER/run" --count 8 || say "" "not calibrated: the network is taken as it is"
+verb calibrate "$FOLDER/run" --count 16 || say "" "not calibrated: the network is taken as it is"
 verb sample "$FOLDER/run" --count "$COUNT" --output "$FOLDER/samples.h5" --overwrite
 verb evaluate "$FOLDER/samples.h5" --reference "$FOLDER/reference.h5" --output "$FOLDER/report" --overwrite
 say "" "samples: $FOLDER/samples.h5 (ParaView: $FOLDER/samples.xdmf)" "report:  $FOLDER/report/report.html"
