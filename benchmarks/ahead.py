@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 
 from ddpatch.data.fields import FieldFile
-from ddpatch.evaluate import compare_fields, make_plan
+from ddpatch.evaluate import compare_fields
 from ddpatch.parallel.comm import Communicator
 from ddpatch.statistics.comparison import distances
 from ddpatch.statistics.curves import curves
-from ddpatch.statistics.measure import measure, with_scales
+from ddpatch.statistics.measure import Plan, Sums, measure
 
 BLOCK = 8  # samples of the reference that stay together
 ROUNDS = 200
@@ -39,13 +39,9 @@ def leads(reference: Path, ours: Path, theirs: Sequence[Path], patch: tuple[int,
     """
     comm = Communicator()
     with FieldFile(reference) as source, FieldFile(ours) as first:
-        plan = with_scales(source, make_plan(first, source, patch), comm)
-        known = measure(source, range(source.header.samples), plan, comm)
         compared = compare_fields(first, source, comm, patch)
-    found = []
-    for path in (ours, *theirs):
-        with FieldFile(path) as file:
-            found.append(measure(file, range(file.header.samples), plan, comm))
+    plan = compared.plan
+    known, *found = (measured(path, plan, comm) for path in (reference, ours, *theirs))
     assert compared.floor is not None
     floors = np.array([compared.floor[key] for key in KEYS])
 
@@ -58,6 +54,12 @@ def leads(reference: Path, ours: Path, theirs: Sequence[Path], patch: tuple[int,
     value = lead(range(count), range(total))
     error = np.std([lead(*again) for again in redrawn(count, total)], axis=0)
     return [dict(zip(KEYS, zip(*pair, strict=True), strict=True)) for pair in zip(value.tolist(), error.tolist(), strict=True)]
+
+
+def measured(path: Path, plan: Plan, comm: Communicator) -> Sums:
+    """The sums of every sample of a file."""
+    with FieldFile(path) as file:
+        return measure(file, range(file.header.samples), plan, comm)
 
 
 def redrawn(samples: int, total: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -1,6 +1,6 @@
 """Couplings on turbulence: equal parameters, equal training, side by side.
 
-    python benchmarks/turbulence.py              # small: about half an hour on two cores; resumes where it was
+    python benchmarks/turbulence.py              # small: half an hour or more on two cores; resumes where it was
     python benchmarks/turbulence.py --more       # with the last two schemes
     python benchmarks/turbulence.py --full       # for a GPU: larger fields, wider networks, longer training
     python benchmarks/turbulence.py --seed 1 --flows kolmogorov --schemes tokens "halo and tokens"    # another training of some

@@ -18,6 +18,7 @@ from ddpatch.sample import Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
 TRIAL = 1.05
+FEWEST = 8  # samples that tell a slope
 LEAST, MOST = 0.9, 2.0
 
 
@@ -34,10 +35,9 @@ def calibrate(
 
         m(λ) = mean over shells k of ln(E_λ(k) / E(k)),   m(λ*) = 0,
 
-    with E of the training data, over the resolved shells (a third of the points per axis). A quarter of the samples, with the
-    same noise for both, give the slope of m between λ = 1 and 1.05, and a first λ; all of them give m there, and a Newton step
-    with that slope the λ that is kept. Its error is that of m over all samples, divided by the slope, for half the work of three
-    trials with all of them. The data's spectrum is that in the checkpoint: no reference is seen.
+    with E of the training data, over the resolved shells (a third of the points per axis). A quarter of the samples, 8 or more,
+    with the same noise for both, give the slope of m between λ = 1 and 1.05, and a first λ; all of them give m there, and a
+    Newton step with that slope the λ that is kept. The data's spectrum is that in the checkpoint: no reference is seen.
 
     Arguments:
         folder: Of the run; its newest checkpoint is calibrated.
@@ -56,7 +56,7 @@ def calibrate(
     settings = sampler.config.sample
     solver, steps = solver or settings.solver, steps or settings.steps
 
-    few = -(-count // 4)
+    few = min(count, max(FEWEST, -(-count // 4)))
     todo = [steps * -(-samples // sampler.batch) for samples in (few, few, count)]
 
     def energy(trial: int, scale: float) -> float:

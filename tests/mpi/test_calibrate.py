@@ -58,15 +58,15 @@ def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path
     """
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5", samples=32))
     train(small_config(data, "float32", train={"steps": 1, "batch": 8}, model={"halo": 4}), shared_path / "run", comm)
-    right = calibrate(shared_path / "run", comm, count=48, steps=10)
+    right = calibrate(shared_path / "run", comm, count=16, steps=10)
     with monkeypatch.context() as patched:
         take_noise_for(patched, 0.05)
-        found = calibrate(shared_path / "run", comm, count=48, steps=10)
+        found = calibrate(shared_path / "run", comm, count=16, steps=10)
     assert found["level_scale"] == pytest.approx(right["level_scale"] + 0.05, abs=5e-3)
     assert found["energy"] < right["energy"] - 0.005
     take_noise_for(monkeypatch, -0.5)
     with pytest.raises(UserError, match=r"energy of samples is off by \+.*, expected what a noise scale from 0.9 to 2.0 mends"):
-        calibrate(shared_path / "run", comm, count=48, steps=10)
+        calibrate(shared_path / "run", comm, count=16, steps=10)
     comm.barrier()
     assert not list((shared_path / "run").glob(".calibration*"))
 
