@@ -60,12 +60,12 @@ def losses(run: Path, steps: int) -> Row:
 
 def run_flow(flow: Flow, folder: Path, keys: list[int], seeds: list[int], steps: int) -> list[Row]:
     """Train all variants, a core each, then draw and compare one after the other."""
-    prepare(flow, folder)
+    prepare(flow, folder, folder)
     cases = [(variant(flow, k, seed, steps), place(folder, k, seed, steps), k, seed) for seed, k in product(seeds, keys)]
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda case: train(case[0], COUPLING, case[1]), cases))
     return [
-        {"keys": k, "seed": seed, **losses(path / COUPLING, steps), **measure(changed, SCHEME, path)}
+        {"keys": k, "seed": seed, **losses(path / COUPLING, steps), **measure(changed, SCHEME, path, path)}
         for changed, path, k, seed in cases
     ]
 

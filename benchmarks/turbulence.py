@@ -4,6 +4,7 @@
     python benchmarks/turbulence.py --more       # with the last two schemes
     python benchmarks/turbulence.py --full       # for a GPU: larger fields, wider networks, longer training
     python benchmarks/turbulence.py --seed 1 --flows kolmogorov --schemes tokens "halo and tokens"    # another training of some
+    python benchmarks/turbulence.py --samples 256 --flows isotropic     # the same networks, told apart by more samples
 
 Two flows: two-dimensional Kolmogorov flow on 16 patches, forced isotropic turbulence on 8 patches. Schemes: one U-Net on the
 whole domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); independent
@@ -11,9 +12,9 @@ patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. 
 of the independent patches. Where patches are coupled the tiling moves too, as it does by default. And, with --more: "fixed
 tiling" is without, and "lagged" is fixed tiling with a coarse level that speaks of the evaluation before, at the same level
 scale. Of overlapping windows, which cost most and show most, a quarter as many samples are drawn. Where there is no
-transformer the coarsest level is wider for it. Every network is calibrated (ddpatch calibrate) on the training data, with other
-noise than the samples have; where no level scale mends the energy, and for overlapping windows, it is 1. "ln E, λ = 1" is the
-mean over the resolved shells of ln(E_gen / E_data) before that.
+transformer the coarsest level is wider for it. Every network but that of independent patches is calibrated (ddpatch calibrate)
+on the training data, with other noise than the samples have; there, and where no level scale mends the energy, it is 1.
+"ln E, λ = 1" is the mean over the resolved shells of ln(E_gen / E_data) before that.
 The first row is that of the training data themselves: what no sampler can be expected to beat.
 
 Figures are distances to an independent reference in units of the noise floor, that is of the distance between two halves of the
@@ -57,17 +58,19 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.sample import Sampler
 from ddpatch.sample import sample as sample_verb
 
+LONGEST = ("full-domain", "two-level", "halo", "tokens", "none")  # to train: first, so that no core waits for the last ones
+UNCALIBRATED = "none"  # patches that show have an energy that no level scale mends
 WORKERS = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))  # trainings at a time, and ranks of a sampling
 
 
-def prepare(flow: Flow, folder: Path) -> None:
+def prepare(flow: Flow, folder: Path, drawn: Path) -> None:
     """Data and reference, from different simulations."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, samples, seed in (("data", flow.samples[0], "0"), ("reference", flow.samples[1], "1")):
-        if not (folder / f"{name}.h5").exists():
+    drawn.mkdir(parents=True, exist_ok=True)
+    for path, samples, seed in ((folder / "data.h5", flow.samples[0], "0"), (drawn / "reference.h5", flow.samples[1], "1")):
+        if not path.exists():
             options = ["--grid", str(flow.grid), "--samples", str(samples), "--seed", seed]
             options += ["--viscosity", str(flow.viscosity)] * (flow.viscosity is not None)
-            launch(WORKERS, "-m", "ddpatch", "simulate", flow.kind, *options, "--output", str(folder / f"{name}.h5"))
+            launch(WORKERS, "-m", "ddpatch", "simulate", flow.kind, *options, "--output", str(path))
 
 
 def train(flow: Flow, coupling: str, folder: Path) -> None:
@@ -83,16 +86,17 @@ def train(flow: Flow, coupling: str, folder: Path) -> None:
     }
     (run / "benchmark.yaml").write_text(yaml.safe_dump(tree))
     launch(1, "-m", "ddpatch", "train", str(run / "benchmark.yaml"), "--run", str(run), log=run / "progress.txt")
-    if not (run / "calibration.json").exists():
-        with suppress(SystemExit):  # patches that show have an energy that no scale mends
+    if coupling != UNCALIBRATED and not (run / CALIBRATION).exists():
+        with suppress(SystemExit):
             launch(1, "-m", "ddpatch", "calibrate", str(run), "--count", str(flow.samples[2]), log=run / "calibration.txt")
 
 
-def train_all(flow: Flow, schemes: Sequence[str], folder: Path) -> None:
+def train_all(flows: dict[str, Flow], schemes: Sequence[str], folder: Path) -> None:
     """Train the networks of some schemes, a core each."""
-    couplings = dict.fromkeys(SCHEMES[scheme][0] for scheme in schemes)
+    couplings = {SCHEMES[scheme][0] for scheme in schemes}
+    jobs = [(flows[kind], coupling, folder / kind) for coupling in LONGEST if coupling in couplings for kind in reversed(flows)]
     with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(lambda coupling: train(flow, coupling, folder), couplings))
+        list(pool.map(lambda job: train(*job), jobs))
 
 
 def worker(run: Path, way: str, count: int, output: Path) -> None:
@@ -150,35 +154,35 @@ def averaged(denoise: Denoise, grid: Decomposition) -> Denoise:
     return over_tilings
 
 
-def measure(flow: Flow, scheme: str, folder: Path) -> dict[str, Any]:
+def measure(flow: Flow, scheme: str, folder: Path, drawn: Path) -> dict[str, Any]:
     """Sample and evaluate one scheme, once."""
     coupling, way = SCHEMES[scheme]
-    samples = samples_of(scheme, folder)
-    kept, report = samples.with_suffix(".json"), folder / f"{samples.stem}-report"
+    samples = samples_of(scheme, drawn)
+    kept, report = samples.with_suffix(".json"), drawn / f"{samples.stem}-report"
     if kept.exists():
         return dict(json.loads(kept.read_text()))
     ranks = WORKERS if way != "overlap" and coupling != "full-domain" else 1
     count = flow.samples[3] // (4 if way == "overlap" else 1)
     command = (__file__, "--worker", str(folder / coupling), way, str(count), str(samples))
     facts = launch(ranks, *command, threads=WORKERS // ranks).splitlines()[-1]
-    row = {"flow": flow.kind, "scheme": scheme, **compare(flow, samples, folder, report), **json.loads(facts)}
+    row = {"flow": flow.kind, "scheme": scheme, **compare(flow, samples, report), **json.loads(facts)}
     kept.write_text(json.dumps(row))
     return row
 
 
-def compare(flow: Flow, samples: Path, folder: Path, report: Path) -> dict[str, float]:
-    """Distances of a file to the reference."""
+def compare(flow: Flow, samples: Path, report: Path) -> dict[str, float]:
+    """Distances of a file to the reference, which is where the report is."""
     options = ("--patch", *map(str, flow.patch), "--output", str(report), "--overwrite")
-    launch(WORKERS, "-m", "ddpatch", "evaluate", str(samples), "--reference", str(folder / "reference.h5"), *options)
+    launch(WORKERS, "-m", "ddpatch", "evaluate", str(samples), "--reference", str(report.with_name("reference.h5")), *options)
     headline = json.loads((report / "metrics.json").read_text())["headline"]
     ratios = {key: headline[key]["ratio"] for key in DISTANCES}
     seams = {"seam_ratio": headline["seam_ratio"]["value"], "reference_seam_ratio": headline["seam_ratio"]["reference"]}
     return {**ratios, "spectrum_error": headline["spectrum"]["value"], **seams}
 
 
-def measure_data(flow: Flow, folder: Path) -> dict[str, Any]:
+def measure_data(flow: Flow, folder: Path, drawn: Path) -> dict[str, Any]:
     """The row of the training data."""
-    found = compare(flow, folder / "data.h5", folder, folder / "data-report")
+    found = compare(flow, folder / "data.h5", drawn / "data-report")
     return {"flow": flow.kind, "scheme": "the training data", **found, **dict.fromkeys(FACTS)}
 
 
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--more", action="store_true", help="all schemes, not only those that the bars are about")
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES)
     parser.add_argument("--seed", type=int, default=0, help="of the training and of the samples (default %(default)s)")
+    parser.add_argument("--samples", type=int, help="to be drawn, and of reference (default: as many as the flow has)")
     parser.add_argument("--folder", type=Path, default=Path("runs/turbulence"), help="of data and runs (default %(default)s)")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -197,26 +202,43 @@ def main() -> None:
         run, way, count, output = args.worker
         worker(Path(run), way, int(count), Path(output))
         return
-    label, flows = ("full", FULL) if args.full else ("small", SMALL)
-    name = f"{label}-seed{args.seed}" if args.seed else label
-    flows = {kind: replace(flows[kind], train={**flows[kind].train, "seed": args.seed}) for kind in args.flows}
+    known = FULL if args.full else SMALL
+    flows = {kind: told(known[kind], args.seed, args.samples) for kind in args.flows}
+    name = ("full" if args.full else "small") + f"-seed{args.seed}" * bool(args.seed)
     schemes = args.schemes or [scheme for scheme in SCHEMES if args.more or scheme not in MORE]
-    run_all(flows, schemes, args.folder / name, name)
+    run_all(flows, schemes, args.folder / name, name, f"samples{args.samples}" if args.samples else "")
 
 
-def run_all(flows: dict[str, Flow], schemes: Sequence[str], folder: Path, name: str) -> None:
+def told(flow: Flow, seed: int, samples: int | None) -> Flow:
+    """The flow with another seed, and another number of samples and of reference."""
+    data, reference, calibration, count = flow.samples
+    counts = data, samples or reference, calibration, samples or count
+    return replace(flow, train={**flow.train, "seed": seed}, samples=counts)
+
+
+def run_all(flows: dict[str, Flow], schemes: Sequence[str], folder: Path, name: str, drawn: str = "") -> None:
     """All schemes of all flows; the report is written after each flow."""
     rows: list[dict[str, Any]] = []
+    name, fresh, start = "-".join(filter(None, (name, drawn))), not folder.exists(), time.perf_counter()
     path = stem(f"turbulence_{name}")
     for kind, flow in flows.items():
-        prepare(flow, folder / kind)
-        train_all(flow, schemes, folder / kind)
-        rows.append(measure_data(flow, folder / kind))
-        for scheme in schemes:
-            rows.append(measure(flow, scheme, folder / kind))
-            print(rows[-1], flush=True)
+        prepare(flow, folder / kind, folder / kind / drawn)
+    train_all(flows, schemes, folder)
+    for kind, flow in flows.items():
+        rows += draw_all(flow, schemes, folder / kind, folder / kind / drawn)
         write_rows(path.with_suffix(".csv"), rows)
-        path.with_suffix(".md").write_text(report(rows, flows, folder, name))
+        page = report(rows, flows, folder, name, drawn)
+        spent = f"From the first simulation to this line: {(time.perf_counter() - start) / 60:.1f} minutes.\n" if fresh else ""
+        path.with_suffix(".md").write_text(page + spent)
+
+
+def draw_all(flow: Flow, schemes: Sequence[str], folder: Path, drawn: Path) -> list[dict[str, Any]]:
+    """The rows of a flow; networks are in one folder, reference and samples in the other."""
+    rows = [measure_data(flow, folder, drawn)]
+    for scheme in schemes:
+        rows.append(measure(flow, scheme, folder, drawn))
+        print(rows[-1], flush=True)
+    return rows
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ DISTANCES = {
 }
 
 
-def report(rows: list[dict[str, Any]], flows: dict[str, Flow], folder: Path, label: str) -> str:
-    """The Markdown page."""
+def report(rows: list[dict[str, Any]], flows: dict[str, Flow], folder: Path, label: str, drawn: str = "") -> str:
+    """The Markdown page; ``drawn`` is the folder of samples in that of a flow."""
     lines = [f"# Couplings on turbulence, {label} mode, {date.today()}", "", f"{describe()}. `{command()}`", ""]
     for kind in dict.fromkeys(row["flow"] for row in rows):
-        lines += section(flows[kind], [row for row in rows if row["flow"] == kind], folder / kind)
+        lines += section(flows[kind], [row for row in rows if row["flow"] == kind], folder / kind / drawn)
     return "\n".join(lines)
 
 

@@ -171,7 +171,8 @@ class SampleConfig:
     (:class:`ddpatch.diffusion.solvers.Solver`); ``null`` takes what ``ddpatch calibrate`` found for the checkpoint, or 1.
     ``lagged`` lets the coarse level speak of the evaluation before, so that the gather of tokens goes on while patches are
     decoded and encoded; the tiling stays where it is then. ``batch`` samples are drawn at a time, ``null`` as many as
-    a step of the training has.
+    a step of the training has. ``on_host`` keeps the fields of a solver in host memory: with ``execution.patches_at_once`` a
+    group of patches at a time is on the GPU (:mod:`ddpatch.model.ferry`).
     """
 
     solver: str = "dpm++2m"
@@ -180,6 +181,7 @@ class SampleConfig:
     shift: bool = True
     lagged: bool = False
     noise_scale: float | None = None
+    on_host: bool = False
 
     def __post_init__(self) -> None:
         scale = self.noise_scale

@@ -69,7 +69,8 @@ class Ledger(TorchDispatchMode):
         if func is aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         if func is aten._unique2.default:
-            return torch.empty_like(args[0]), torch.empty(args[0].shape, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+            numbers = torch.empty_like(args[0], dtype=torch.int64)
+            return torch.empty_like(args[0]), numbers, numbers[:0]
         result = func(*args, **(kwargs or {}))
         if func._overloadpacket in FLOPS:
             operations = FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)

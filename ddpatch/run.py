@@ -241,7 +241,7 @@ def make_denoiser(
 
         groups = [(group,) for group in x.split(execution.patches_at_once or x.shape[1], dim=1)]
         if objective is None:
-            return group_by_group(evaluate, groups, model.parameters())
+            return group_by_group(evaluate, groups, model.parameters(), home=x.device)
         return sum_of_groups(evaluate, groups, model.parameters(), objective)
 
     own = OwnPatch(config.domain.patch, config.model.reach)

@@ -140,7 +140,7 @@ class Sampler:
         noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config))
         sigmas = self.field.schedule.steps(steps)
         denoise = MovingTiling(self.denoise, self.coupling, seed) if shift and self.movable else self.denoise
-        x = noise.to(self.device).mul_(float(sigmas[0]))
+        x = noise.to("cpu" if self.config.sample.on_host else self.device).mul_(float(sigmas[0]))
         for done, state in enumerate(make_solver(solver, denoise, noise_scale).trajectory(x, sigmas), start=1):
             x = state
             progress(done)

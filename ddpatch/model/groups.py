@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ddpatch.model.ferry import Ferry
+
 
 class _Recomputed(torch.autograd.Function):
     """Forward: the result, without a graph. Backward: the result again, with a graph of its own, and the gradients through it.
@@ -44,11 +46,12 @@ def group_by_group(
     groups: Sequence[Sequence[Any]],
     parameters: Iterable[Tensor],
     order: Iterable[int] | None = None,
+    home: torch.device | None = None,
 ) -> Tensor:
     """The results of all groups, side by side; gradients are those of one call for all patches.
 
-    With several groups nothing that ``function`` makes on the way to its result is kept: the backward pass calls it again, for
-    one group after the other, the last one first.
+    Groups are computed where the parameters are. With several groups nothing that ``function`` makes on the way to its result is
+    kept: the backward pass calls it again, for one group after the other, the last one first.
 
     Arguments:
         function: From the members of a group to ``[sample, patch of the group, ...]``, the same numbers whenever it is called.
@@ -56,16 +59,17 @@ def group_by_group(
         groups: One or more; the tensors among their members may need gradients. The first has shape ``[sample, patch, ...]``.
         parameters: What ``function`` depends on besides, and more.
         order: Numbers of the groups as they are to be computed, if there are several. Default: one after the other.
+        home: Where the result belongs; it may be elsewhere where no gradients are wanted (:class:`Ferry`). Default: there too.
 
     Returns:
         Shape ``[sample, patch, ...]``.
     """
+    order, shared = range(len(groups)) if order is None else order, list(parameters)
+    ferry = Ferry(shared[0].device, home or shared[0].device)
     if len(groups) == 1:
-        return function(*groups[0])
-    order = range(len(groups)) if order is None else order
+        return function(*ferry.take(groups[0])).to(ferry.home)
     if not torch.is_grad_enabled():
-        return _fill(function, groups, order)
-    shared = list(parameters)
+        return _fill(function, groups, order, ferry)
     found = {i: _Recomputed.apply(function, len(groups[i]), *groups[i], *shared) for i in order}
     return torch.cat([found[i] for i in range(len(groups))], dim=1)
 
@@ -133,15 +137,19 @@ def sum_of_groups(
     return _Differentiated.apply(number, [len(part) for part in parts], *(x for part in parts for x in part), *parameters)
 
 
-def _fill(function: Callable[..., Tensor], groups: Sequence[Sequence[Any]], order: Iterable[int]) -> Tensor:
+def _fill(function: Callable[..., Tensor], groups: Sequence[Sequence[Any]], order: Iterable[int], ferry: Ferry) -> Tensor:
     """The results of all groups in one tensor, beside which those of one group live: no second copy of what is like the field."""
-    sizes, filled = _sizes(groups), None
+    sizes, filled, land = _sizes(groups), None, None
     for i in order:
-        result = function(*groups[i])
-        if filled is None:
-            filled = result.new_empty(len(result), sum(sizes), *result.shape[2:])
-        filled.split(sizes, dim=1)[i].copy_(result)
-    assert filled is not None
+        result = function(*ferry.take(groups[i]))
+        if land is None:
+            filled = torch.empty(len(result), sum(sizes), *result.shape[2:], dtype=result.dtype, device=ferry.home)
+            places = filled.split(sizes, dim=1)
+        else:
+            land()  # what the device made of the group before, while it computes this one
+        land = ferry.bring(result, places[i])
+    assert filled is not None and land is not None
+    land()
     return filled
 
 

@@ -122,6 +122,11 @@ class TwoLevelModel(nn.Module):
             self.prolongation = Prolongation(ndim, width, widths[-1], paths.fine * widths[0])
         self.to(memory_format=CHANNELS_LAST[ndim])  # type: ignore[call-overload]
 
+    @property
+    def device(self) -> torch.device:
+        """Where groups are computed."""
+        return next(self.parameters()).device
+
     def forward(
         self,
         x: Tensor,
@@ -131,7 +136,7 @@ class TwoLevelModel(nn.Module):
         lag: Lag[Message] | None = None,
         objective: Objective | None = None,
     ) -> Tensor:
-        """Evaluate the network on the own patches. Collective.
+        """Evaluate the network on the own patches, which may be in host memory where no gradients are wanted. Collective.
 
         While halos and tokens are on their way, what needs neither is computed: of several groups, those whose neighbours are all
         on this rank are encoded first.
@@ -147,15 +152,17 @@ class TwoLevelModel(nn.Module):
             objective: What is wanted of the result, which is then never there for more patches than go together.
 
         Returns:
-            Shape of ``x``, or the objective.
+            Shape and device of ``x``, or the objective.
         """
         if self.config.paths.coarse:
             check_tokens(coupling.decomposition.patch_shape, self.config.tokens, len(self.config.channels))
-        arrival = coupling.start_halo(x)
+        arrival, noise = coupling.start_halo(x), noise.to(self.device)
         sigma, embedding = (4 * noise).exp(), self.embed(noise)
         groups = self._groups(arrival.windows, sigma, embedding, coupling, execution)
         if len(groups) == 1 or not self.config.paths.coarse:
             arrival.wait()
+        if len(groups) == 1:
+            groups = [groups[0]._replace(windows=groups[0].windows.to(self.device))]
         kept = self._encode(groups[0]) if len(groups) == 1 else None
 
         def restrict(*members: Any) -> Tensor:
@@ -175,7 +182,7 @@ class TwoLevelModel(nn.Module):
             told = self._tell(groups[0], lag(wait, couple) if lag else couple(wait()))
             groups = [group._replace(tokens=told.tokens, fine=told.fine, linear=told.linear) for group in groups]
         if objective is None:
-            return group_by_group(decode, groups, self.parameters())
+            return group_by_group(decode, groups, self.parameters(), home=x.device)
         return sum_of_groups(decode, groups, self.parameters(), objective)
 
     def _groups(

@@ -16,6 +16,8 @@ from ddpatch.model.patches import cut
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import measure_field, resolve
+from ddpatch.sample import Sampler
+from ddpatch.train import train
 from ddpatch.training import Training
 
 pytestmark = pytest.mark.mpi(min_size=1)
@@ -87,3 +89,25 @@ def test_losses_are_those_of_the_cpu(gpus: Communicator, shared_path: Path) -> N
             training = Training(config, file, measure_field(config, file, gpus), gpus)
             losses.append([training.advance() for _ in range(3)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-7)
+
+
+def test_fields_in_host_memory_give_the_same_samples_and_leave_the_gpu(gpus: Communicator, shared_path: Path) -> None:
+    """On 1024 patches, of which one at a time is on the GPU."""
+    data = gpus.on_root(lambda: write_fields(shared_path / "data.h5", grid=(64, 64)))
+    parallel: dict[str, object] = {"device": "cuda", "transport": gpus.connected, "share_device": True}
+    execution: dict[str, object] = {"patches_at_once": 1}
+    domain: dict[str, object] = {"patch": [16, 16]}
+    config = small_config(data, train={"steps": 1}, parallel=parallel, domain=domain, execution=execution)
+    train(config, shared_path / "run", gpus)
+    drawn, peaks = [], []
+    for where in ("false", "true"):
+        sampler = Sampler(shared_path / "run", gpus, (512, 512), [f"sample.on_host={where}", "execution.patches_at_once=1"])
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(5):  # a buffer that is used again too early shows sooner or later
+            drawn.append(sampler.draw([0], seed=1, solver="dpm++2m", steps=3, shift=True))
+        peaks.append(torch.cuda.max_memory_allocated())
+    field = drawn[0].nbytes
+    assert {x.device.type for x in drawn[5:]} == {"cpu"}
+    for x in drawn[1:]:
+        torch.testing.assert_close(x.cpu(), drawn[0].cpu(), rtol=1e-7, atol=1e-7)
+    assert peaks[0] - peaks[1] > 3 * field

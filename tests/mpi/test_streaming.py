@@ -94,9 +94,10 @@ def test_samples_in_groups_are_the_same(comm: Communicator, shared_path: Path) -
     most = max(decompose(Sampler(shared_path / "run", comm).config, comm.size).counts)
     drawn = [
         Sampler(shared_path / "run", comm, None, overrides).draw([0, 1], seed=1, solver="dpm++2m", steps=4, shift=True)
-        for overrides in ([], [f"execution.patches_at_once={most}"])
+        for overrides in ([], [f"execution.patches_at_once={most}"], ["sample.on_host=true", "execution.patches_at_once=1"])
     ]
     torch.testing.assert_close(drawn[0], drawn[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(drawn[0], drawn[2], rtol=0, atol=0)
 
 
 def test_sampling_leaves_tuning_to_the_training(comm: Communicator, shared_path: Path) -> None:
