@@ -29,15 +29,17 @@ ROUNDS = 200
 KEYS = ("spectrum", "across_correlation")
 
 
-def leads(reference: Path, ours: Path, theirs: Sequence[Path], patch: tuple[int, ...]) -> list[dict[str, tuple[float, float]]]:
-    """Lead and standard error over each of ``theirs``, by the name of the distance.
+def leads(
+    reference: Path, ours: Path, theirs: Sequence[Path], patch: tuple[int, ...], comm: Communicator
+) -> list[dict[str, tuple[float, float]]]:
+    """Lead and standard error over each of ``theirs``, by the name of the distance. Collective.
 
     Arguments:
         reference: File of the data.
         ours, theirs: Files of samples, as many in each, with the same noise.
         patch: Points of a patch.
+        comm: Ranks that share the measurement.
     """
-    comm = Communicator()
     with FieldFile(reference) as source, FieldFile(ours) as first:
         compared = compare_fields(first, source, comm, patch)
     plan = compared.plan
@@ -79,7 +81,10 @@ def main() -> None:
     parser.add_argument("theirs", type=Path, nargs="+")
     parser.add_argument("--patch", type=int, nargs="+", required=True)
     args = parser.parse_args()
-    print(json.dumps(leads(args.reference, args.ours, args.theirs, tuple(args.patch))))
+    comm = Communicator()
+    found = leads(args.reference, args.ours, args.theirs, tuple(args.patch), comm)
+    if comm.rank == 0:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":

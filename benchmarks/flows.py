@@ -14,10 +14,12 @@ SCHEMES = {  # name: (coupling of the network, how it is sampled)
     "halo": ("halo", "moving"),
     "tokens": ("tokens", "moving"),
     "halo and tokens": ("two-level", "moving"),
+    "halo, fixed tiling": ("halo", "fixed"),
+    "tokens, fixed tiling": ("tokens", "fixed"),
     "halo and tokens, fixed tiling": ("two-level", "fixed"),
     "halo and tokens, lagged": ("two-level", "lagged"),
 }
-MORE = ("halo and tokens, fixed tiling", "halo and tokens, lagged")
+MORE = tuple(scheme for scheme in SCHEMES if "," in scheme)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Couplings on turbulence: equal parameters, equal training, side by side.
 
-    python benchmarks/turbulence.py              # small: half an hour or more on two cores; resumes where it was
-    python benchmarks/turbulence.py --more       # with the last two schemes
+    python benchmarks/turbulence.py              # small: half an hour on two cores; resumes where it was
+    python benchmarks/turbulence.py --more       # with fixed tiling and lagged tokens
     python benchmarks/turbulence.py --full       # for a GPU: larger fields, wider networks, longer training
     python benchmarks/turbulence.py --seed 1 --flows kolmogorov --schemes tokens "halo and tokens"    # another training of some
     python benchmarks/turbulence.py --samples 256 --flows isotropic     # the same networks, told apart by more samples
@@ -9,12 +9,13 @@
 Two flows: two-dimensional Kolmogorov flow on 16 patches, forced isotropic turbulence on 8 patches. Schemes: one U-Net on the
 whole domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); independent
 patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. MultiDiffusion and PaDIS sample with the network
-of the independent patches. Where patches are coupled the tiling moves too, as it does by default. And, with --more: "fixed
-tiling" is without, and "lagged" is fixed tiling with a coarse level that speaks of the evaluation before, at the same level
-scale. Of overlapping windows, which cost most and show most, a quarter as many samples are drawn. Where there is no
-transformer the coarsest level is wider for it. Every network but that of independent patches is calibrated (ddpatch calibrate)
-on the training data, with other noise than the samples have; there, and where no level scale mends the energy, it is 1.
-"ln E, λ = 1" is the mean over the resolved shells of ln(E_gen / E_data) before that.
+of the independent patches. Where patches are coupled the tiling moves too, as it does by default, so that the lattice in which
+correlation across patches is measured is not theirs. And, with --more: "fixed tiling" is without, and "lagged" is fixed tiling
+with a coarse level that speaks of the evaluation before, at the same level scale. Of overlapping windows, which cost most and
+show most, an eighth as many samples are drawn. Where there is no transformer the coarsest level is wider for it. Every network
+but that of independent patches is calibrated (ddpatch calibrate) on the training data, with other noise than the samples have;
+there, and where no level scale mends the energy, it is 1. "ln E, λ = 1" is the mean over the resolved shells of
+ln(E_gen / E_data) before that.
 The first row is that of the training data themselves: what no sampler can be expected to beat.
 
 Figures are distances to an independent reference in units of the noise floor, that is of the distance between two halves of the
@@ -34,7 +35,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,20 +43,10 @@ import yaml
 from flows import FULL, MORE, SCHEMES, SMALL, Flow, samples_of
 from launch import launch
 from reports import stem, write_rows
-from torch import Tensor
-from turbulence_page import DISTANCES, FACTS, report
+from turbulence_page import GIVEN, report
 
-from ddpatch.calibration import CALIBRATION, read_calibration
+from ddpatch.calibration import CALIBRATION
 from ddpatch.couplings import COUPLINGS
-from ddpatch.decomposition import Decomposition
-from ddpatch.diffusion.solvers import Denoise
-from ddpatch.io.volume import write_volume
-from ddpatch.log import peak_memory
-from ddpatch.model.patches import cut, join
-from ddpatch.model.two_level import count_parameters
-from ddpatch.parallel.comm import Communicator
-from ddpatch.sample import Sampler
-from ddpatch.sample import sample as sample_verb
 
 LONGEST = ("full-domain", "two-level", "halo", "tokens", "none")  # to train: first, so that no core waits for the last ones
 UNCALIBRATED = "none"  # patches that show have an energy that no level scale mends
@@ -99,91 +89,30 @@ def train_all(flows: dict[str, Flow], schemes: Sequence[str], folder: Path) -> N
         list(pool.map(lambda job: train(*job), jobs))
 
 
-def worker(run: Path, way: str, count: int, output: Path) -> None:
-    """Draw samples and print what it took. Collective.
-
-    Their noise follows the seed of the training, and is not that of its calibration, which is of seed 0.
-    """
-    comm = Communicator()
-    sampler = Sampler(run, comm)
-    scale, seed = 1.0 if way == "overlap" else sampler.noise_scale("dpm++2m", 20), sampler.config.train.seed + 1
-    comm.bytes.clear()
-    start = time.perf_counter()
-    if way == "overlap":
-        draw_overlapping(sampler, count, seed, output)
-    else:
-        told = [f"sample.noise_scale={scale}", "sample.lagged=true"] if way == "lagged" else []
-        sample_verb(run, output, count, comm, overrides=told, shift=way == "moving", seed=seed, overwrite=True)
-    facts = {
-        "energy": read_calibration(run / CALIBRATION).get("energy"),
-        "level_scale": scale,
-        "seconds": (time.perf_counter() - start) / count,
-        "memory": max(comm.gather(peak_memory(sampler.device))) / 2**30,
-        "bytes": sum(comm.gather(sum(comm.bytes[kind] for kind in ("halo", "allgather", "roll")))) / count * (comm.size > 1),
-        "parameters": count_parameters(sampler.model),
-    }
-    if comm.rank == 0:
-        print(json.dumps(facts))
-
-
-def draw_overlapping(sampler: Sampler, count: int, seed: int, output: Path) -> None:
-    """Sample with windows that overlap by half a patch, on one rank."""
-    grid = sampler.decomposition
-    sampler.denoise = averaged(sampler.denoise, grid)  # type: ignore[assignment]
-    batch = sampler.config.sample.batch or sampler.config.train.batch
-    fields = (
-        join(patches, grid)[0].numpy()
-        for first in range(0, count, batch)
-        for patches in sampler.draw(range(first, min(first + batch, count)), seed, "dpm++2m", 20)[:, None].float()
-    )
-    write_volume(output, sampler.header(count), fields, overwrite=True)
-
-
-def averaged(denoise: Denoise, grid: Decomposition) -> Denoise:
-    """The mean of the predictions in all tilings that are shifted by half a patch."""
-    shifts = list(product(*((0, n // 2) for n in grid.patch_shape)))
-
-    def over_tilings(x: Tensor, sigma: Tensor) -> Tensor:
-        field, total = join(x, grid), torch.zeros(())
-        dims = tuple(range(2, field.ndim))
-        for shift in shifts:
-            found = join(denoise(cut(field.roll([-s for s in shift], dims), grid), sigma), grid)
-            total = total + found.roll(shift, dims) / len(shifts)
-        return cut(total, grid)
-
-    return over_tilings
-
-
 def measure(flow: Flow, scheme: str, folder: Path, drawn: Path) -> dict[str, Any]:
-    """Sample and evaluate one scheme, once."""
+    """Sample and compare one scheme, once."""
     coupling, way = SCHEMES[scheme]
     samples = samples_of(scheme, drawn)
-    kept, report = samples.with_suffix(".json"), drawn / f"{samples.stem}-report"
-    if kept.exists():
-        return dict(json.loads(kept.read_text()))
-    ranks = WORKERS if way != "overlap" and coupling != "full-domain" else 1
-    count = flow.samples[3] // (4 if way == "overlap" else 1)
-    command = (__file__, "--worker", str(folder / coupling), way, str(count), str(samples))
-    facts = launch(ranks, *command, threads=WORKERS // ranks).splitlines()[-1]
-    row = {"flow": flow.kind, "scheme": scheme, **compare(flow, samples, report), **json.loads(facts)}
-    kept.write_text(json.dumps(row))
-    return row
+    kept = samples.with_suffix(".json")
+    if not kept.exists():
+        ranks = WORKERS if way != "overlap" and coupling != "full-domain" else 1
+        found = start_worker(flow, ranks, folder / coupling, way, samples, drawn)
+        kept.write_text(json.dumps({"flow": flow.kind, "scheme": scheme, **found}))
+    return dict(json.loads(kept.read_text()))
 
 
-def compare(flow: Flow, samples: Path, report: Path) -> dict[str, float]:
-    """Distances of a file to the reference, which is where the report is."""
-    options = ("--patch", *map(str, flow.patch), "--output", str(report), "--overwrite")
-    launch(WORKERS, "-m", "ddpatch", "evaluate", str(samples), "--reference", str(report.with_name("reference.h5")), *options)
-    headline = json.loads((report / "metrics.json").read_text())["headline"]
-    ratios = {key: headline[key]["ratio"] for key in DISTANCES}
-    seams = {"seam_ratio": headline["seam_ratio"]["value"], "reference_seam_ratio": headline["seam_ratio"]["reference"]}
-    return {**ratios, "spectrum_error": headline["spectrum"]["value"], **seams}
+def start_worker(flow: Flow, ranks: int, run: Path, way: str, samples: Path, drawn: Path) -> dict[str, Any]:
+    """What turbulence_worker.py prints."""
+    count, patch = flow.samples[3] // (8 if way == "overlap" else 1), "x".join(map(str, flow.patch))
+    script, reference = str(Path(__file__).with_name("turbulence_worker.py")), str(drawn / "reference.h5")
+    printed = launch(ranks, script, str(run), way, str(count), str(samples), reference, patch, threads=WORKERS // ranks)
+    return dict(json.loads(printed.splitlines()[-1]))
 
 
 def measure_data(flow: Flow, folder: Path, drawn: Path) -> dict[str, Any]:
     """The row of the training data."""
-    found = compare(flow, folder / "data.h5", drawn / "data-report")
-    return {"flow": flow.kind, "scheme": "the training data", **found, **dict.fromkeys(FACTS)}
+    found = start_worker(flow, WORKERS, folder, GIVEN, folder / "data.h5", drawn)
+    return {"flow": flow.kind, "scheme": "the training data", **found}
 
 
 def main() -> None:
@@ -196,12 +125,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the training and of the samples (default %(default)s)")
     parser.add_argument("--samples", type=int, help="to be drawn, and of reference (default: as many as the flow has)")
     parser.add_argument("--folder", type=Path, default=Path("runs/turbulence"), help="of data and runs (default %(default)s)")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        run, way, count, output = args.worker
-        worker(Path(run), way, int(count), Path(output))
-        return
     known = FULL if args.full else SMALL
     flows = {kind: told(known[kind], args.seed, args.samples) for kind in args.flows}
     name = ("full" if args.full else "small") + f"-seed{args.seed}" * bool(args.seed)

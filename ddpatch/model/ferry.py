@@ -10,6 +10,7 @@ Copies go through page-locked memory, each way on a stream of its own. Where fie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,19 +27,25 @@ class Ferry:
 
     def __init__(self, device: torch.device, home: torch.device) -> None:
         self.device, self.home = device, home
-        gpu = device.type == "cuda" and device != home
-        self._streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if gpu else None
+        self._before: torch.cuda.Event | None = None
 
     def take(self, group: Sequence[Any]) -> list[Any]:
-        """The members of a group, tensors on the device; the host does not wait for them, what the device computes next does."""
-        return [self._send(x) if isinstance(x, Tensor) and x.device != self.device else x for x in group]
+        """The members of a group, tensors on the device. Where some travel, this waits until all groups but the last one are
+        computed: were the host further ahead, the device would hold more of the field.
+        """
+        travels = [isinstance(x, Tensor) and x.device != self.device for x in group]
+        if any(travels) and self.device.type == "cuda":
+            if self._before is not None:
+                self._before.synchronize()
+            self._before = torch.cuda.current_stream(self.device).record_event()
+        return [self._send(x) if away else x for x, away in zip(group, travels, strict=True)]
 
     def bring(self, result: Tensor, place: Tensor) -> Callable[[], None]:
         """Begin to copy a result to its place at home, where it is when what is returned has been called."""
-        if self._streams is None:
+        if self.device.type != "cuda" or self.device == self.home:
             place.copy_(result)
             return lambda: None
-        _, back = self._streams
+        _, back = _streams(self.device)
         back.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(back):
             buffer = torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
@@ -52,11 +59,17 @@ class Ferry:
         return land
 
     def _send(self, x: Tensor) -> Tensor:
-        if self._streams is None:
+        if self.device.type != "cuda":
             return x.to(self.device)
-        out, now = self._streams[0], torch.cuda.current_stream(self.device)
+        out, now = _streams(self.device)[0], torch.cuda.current_stream(self.device)
         with torch.cuda.stream(out):
             sent = x.contiguous().pin_memory().to(self.device, non_blocking=True)
         now.wait_stream(out)
         sent.record_stream(now)  # its memory is of the other stream
         return sent
+
+
+@cache
+def _streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """To a device and back from it: always the same, since memory that was allocated on a stream stays with it."""
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)

@@ -1,0 +1,122 @@
+"""One scheme of turbulence.py in processes of its own: samples are drawn and compared with the reference.
+
+    mpiexec -n 2 python benchmarks/turbulence_worker.py RUN moving 256 halo.h5 reference.h5 16x16
+
+RUN is the folder of a run. Prints a line of JSON: distances, and what drawing took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from turbulence_page import DISTANCES, FACTS, GIVEN
+
+from ddpatch.calibration import CALIBRATION, read_calibration
+from ddpatch.data.fields import FieldFile
+from ddpatch.decomposition import Decomposition
+from ddpatch.diffusion.solvers import Denoise
+from ddpatch.evaluate import compare_fields
+from ddpatch.io.volume import write_volume
+from ddpatch.log import peak_memory
+from ddpatch.model.patches import cut, join
+from ddpatch.model.two_level import count_parameters
+from ddpatch.parallel.comm import Communicator
+from ddpatch.sample import Sampler
+from ddpatch.sample import sample as sample_verb
+
+WAYS = ("moving", "fixed", "lagged", "overlap", GIVEN)
+
+
+def work(run: Path, way: str, count: int, samples: Path, reference: Path, patch: tuple[int, ...]) -> None:
+    """Draw samples, unless the file is given, compare them, and print what was found and what drawing took. Collective."""
+    comm = Communicator()
+    facts: dict[str, Any] = dict.fromkeys(FACTS) if way == GIVEN else draw(run, way, count, samples, comm)
+    found = compare(samples, reference, patch, comm)
+    if comm.rank == 0:
+        print(json.dumps({**found, **facts}))
+
+
+def draw(run: Path, way: str, count: int, output: Path, comm: Communicator) -> dict[str, Any]:
+    """Draw samples; returns what it took. Collective.
+
+    Their noise follows the seed of the training, and is not that of its calibration, which is of seed 0.
+    """
+    sampler = Sampler(run, comm)
+    scale, seed = 1.0 if way == "overlap" else sampler.noise_scale("dpm++2m", 20), sampler.config.train.seed + 1
+    comm.bytes.clear()
+    start = time.perf_counter()
+    if way == "overlap":
+        draw_overlapping(sampler, count, seed, output)
+    else:
+        told = [f"sample.noise_scale={scale}", "sample.lagged=true"] if way == "lagged" else []
+        sample_verb(run, output, count, comm, overrides=told, shift=way == "moving", seed=seed, overwrite=True)
+    return {
+        "energy": read_calibration(run / CALIBRATION).get("energy"),
+        "level_scale": scale,
+        "seconds": (time.perf_counter() - start) / count,
+        "memory": max(comm.gather(peak_memory(sampler.device))) / 2**30,
+        "bytes": sum(comm.gather(sum(comm.bytes[kind] for kind in ("halo", "allgather", "roll")))) / count * (comm.size > 1),
+        "parameters": count_parameters(sampler.model),
+    }
+
+
+def draw_overlapping(sampler: Sampler, count: int, seed: int, output: Path) -> None:
+    """Sample with windows that overlap by half a patch, on one rank."""
+    grid = sampler.decomposition
+    sampler.denoise = averaged(sampler.denoise, grid)  # type: ignore[assignment]
+    batch = sampler.config.sample.batch or sampler.config.train.batch
+    fields = (
+        join(patches, grid)[0].numpy()
+        for first in range(0, count, batch)
+        for patches in sampler.draw(range(first, min(first + batch, count)), seed, "dpm++2m", 20)[:, None].float()
+    )
+    write_volume(output, sampler.header(count), fields, overwrite=True)
+
+
+def averaged(denoise: Denoise, grid: Decomposition) -> Denoise:
+    """The mean of the predictions in all tilings that are shifted by half a patch."""
+    shifts = list(product(*((0, n // 2) for n in grid.patch_shape)))
+
+    def over_tilings(x: Tensor, sigma: Tensor) -> Tensor:
+        field, total = join(x, grid), torch.zeros(())
+        dims = tuple(range(2, field.ndim))
+        for shift in shifts:
+            found = join(denoise(cut(field.roll([-s for s in shift], dims), grid), sigma), grid)
+            total = total + found.roll(shift, dims) / len(shifts)
+        return cut(total, grid)
+
+    return over_tilings
+
+
+def compare(samples: Path, reference: Path, patch: tuple[int, ...], comm: Communicator) -> dict[str, float | None]:
+    """Distances of a file to the reference (ddpatch evaluate). Collective."""
+    with FieldFile(samples) as generated, FieldFile(reference) as source:
+        headline = compare_fields(generated, source, comm, patch).headline()
+    ratios = {key: headline[key]["ratio"] for key in DISTANCES}
+    seams = {"seam_ratio": headline["seam_ratio"]["value"], "reference_seam_ratio": headline["seam_ratio"]["reference"]}
+    return {**ratios, "spectrum_error": headline["spectrum"]["value"], **seams}
+
+
+def main() -> None:
+    """Read the arguments. Collective."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="of the network")
+    parser.add_argument("way", choices=WAYS, help="of sampling")
+    parser.add_argument("count", type=int, help="of samples")
+    parser.add_argument("samples", type=Path, help="file of the samples")
+    parser.add_argument("reference", type=Path, help="file of the reference")
+    parser.add_argument("patch", help="points per axis, such as 16x16")
+    args = parser.parse_args()
+    patch = tuple(map(int, args.patch.split("x")))
+    work(args.run, args.way, args.count, args.samples, args.reference, patch)
+
+
+if __name__ == "__main__":
+    main()
