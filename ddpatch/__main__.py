@@ -115,7 +115,8 @@ def calibrate(args: argparse.Namespace, comm: Communicator) -> None:
 
         found = run(args.run, comm, args.count, args.solver, args.steps, args.set, progress)
     if comm.rank == 0:
-        print(f"noise scale {found[SCALE]:.4f}; without it the energy is off by {found['energy']:+.3f} (logarithm)")
+        scale, energy = f"{found[SCALE]:.4f} ± {found['error']:.4f}", f"{found['energy']:+.3f}"
+        print(f"noise scale {scale}; without it the energy is off by {energy} (logarithm)")
 
 
 def evaluate(args: argparse.Namespace, comm: Communicator) -> None:

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ddpatch.calibration import CALIBRATION, SCALE, keep
+from ddpatch.control import Mean, controlled_mean, gaussian_energy
 from ddpatch.data.fields import FieldFile
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
-from ddpatch.run import Field
 from ddpatch.sample import Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
+SEED = 0  # of the noise
 TRIAL = 1.05
 FEWEST = 8  # samples that tell a slope
 LEAST, MOST = 0.9, 2.0
@@ -37,7 +39,8 @@ def calibrate(
 
     with E of the training data, over the resolved shells (a third of the points per axis). A quarter of the samples, 8 or more,
     with the same noise for both, give the slope of m between λ = 1 and 1.05, and a first λ; all of them give m there, and a
-    Newton step with that slope the λ that is kept. The data's spectrum is that in the checkpoint: no reference is seen.
+    Newton step with that slope the λ that is kept. The data's spectrum is that in the checkpoint: no reference is seen. Of the
+    chance in m, what Gaussian fields from the same noise have of it is taken out (:mod:`ddpatch.control`).
 
     Arguments:
         folder: Of the run; its newest checkpoint is calibrated.
@@ -47,11 +50,14 @@ def calibrate(
         progress: Called on every rank with the solver steps done and to do.
 
     Returns:
-        What is kept: the sampler's ``setting``, ``level_scale``, and ``energy``, which is m(1) by that slope.
+        What is kept: the sampler's ``setting``; ``level_scale`` and its standard ``error``, that of so many samples; and
+        ``energy``, which is m(1) by that slope.
 
     Raises:
-        UserError: if the samples have energies that no scale from 0.9 to 2 mends.
+        UserError: if there are fewer than 2 samples, or if they have energies that no scale from 0.9 to 2 mends.
     """
+    if count < 2:
+        raise UserError(f"--count {count}: expected at least 2 samples")
     sampler = Sampler(folder, comm, overrides=overrides)
     settings = sampler.config.sample
     solver, steps = solver or settings.solver, steps or settings.steps
@@ -59,38 +65,45 @@ def calibrate(
     few = min(count, max(FEWEST, -(-count // 4)))
     todo = [steps * -(-samples // sampler.batch) for samples in (few, few, count)]
 
-    def energy(trial: int, scale: float) -> float:
+    def energy(trial: int, scale: float) -> Mean:
         def of_all(done: int, _: int) -> None:
             progress(sum(todo[:trial]) + done, sum(todo))
 
         path, forced = folder / f".calibration-{scale:g}.h5", [*overrides, f"sample.noise_scale={scale}"]
         samples = count if trial == len(todo) - 1 else few
-        sample(folder, path, samples, comm, solver, steps, overrides=forced, mode="gather", overwrite=True, progress=of_all)
-        found = excess_energy(path, sampler.field, comm)
+        told: dict[str, Any] = {"seed": SEED, "overrides": forced, "mode": "gather", "overwrite": True, "progress": of_all}
+        sample(folder, path, samples, comm, solver, steps, **told)
+        found = excess_energy(path, sampler, comm)
         comm.on_root(lambda: _remove(path))
         return found
 
-    first = energy(0, 1.0)
-    slope = (energy(1, TRIAL) - first) / (TRIAL - 1)
+    first = energy(0, 1.0).value
+    slope = (energy(1, TRIAL).value - first) / (TRIAL - 1)
     trial = min(max(1 - first / slope, LEAST), MOST) if slope else MOST
-    scale = trial - energy(2, trial) / slope if slope else math.inf
+    last = energy(2, trial)
+    scale = trial - last.value / slope if slope else math.inf
     if not LEAST <= scale <= MOST:
         raise UserError(
             f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a noise scale from {LEAST} to "
             f"{MOST} mends, not {scale:.3g}; train longer"
         )
-    kept = {**sampler.setting(solver, steps), SCALE: scale, "energy": (1 - scale) * slope}
+    found = {SCALE: scale, "error": last.error / abs(slope), "energy": (1 - scale) * slope}
+    kept = {**sampler.setting(solver, steps), **found}
     comm.on_root(lambda: keep(folder / CALIBRATION, kept))
     return kept
 
 
-def excess_energy(path: Path, field: Field, comm: Communicator) -> float:
-    """m, the mean over the resolved shells of ln(E(k) of a file / E(k) of the training data). Collective."""
-    affine = field.normalisation
+def excess_energy(path: Path, sampler: Sampler, comm: Communicator) -> Mean:
+    """m of a file of samples, the mean over the resolved shells of ln(E(k) / E(k) of the training data). Collective."""
+    field = sampler.field
+    mean, std = np.asarray(field.normalisation.mean), np.asarray(field.normalisation.std)
     with FieldFile(path) as file:
-        found, _ = mode_deviation(file, range(file.header.samples), comm, None, np.asarray(affine.mean), np.asarray(affine.std))
-        shells = slice(1, min(file.header.grid_shape) // 3 + 1)
-    return float(2 * np.log(found.numpy()[shells] / np.asarray(field.spectrum[0])[shells]).mean())
+        samples, shells = range(file.header.samples), slice(1, min(file.header.grid_shape) // 3 + 1)
+        squares = torch.stack([mode_deviation(file, [k], comm, None, mean, std).deviation.square() for k in samples])[:, shells]
+    expected = torch.tensor(field.spectrum[0], dtype=torch.float64)[shells].square()
+    relative = (squares / squares.mean(0)).mean(1)
+    chance = controlled_mean(relative, gaussian_energy(field, sampler.decomposition, samples, SEED, shells, comm))
+    return Mean(float((squares.mean(0) / expected).log().mean()) + chance.value - 1, chance.error)
 
 
 def _remove(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from ddpatch.random import Stream, generator
 from ddpatch.statistics.covariance import Moments, measure_moments
 from ddpatch.statistics.spectrum import mode_deviation
 
+MEASURED_SAMPLES, MEASURED_POINTS = 64, 2**22  # what statistics of the data are taken from
 FREE_TO_CHANGE: dict[str, set[str] | None] = {  # None: every key of the section
     "data": {"path"},
     "train": {"steps", "log_every", "checkpoint_every", "keep_last", "keep_every"},
@@ -120,13 +122,14 @@ def _model_of_whole(config: Config, grid: Sequence[int]) -> ModelConfig:
     return dataclasses.replace(model, tokens=tokens, coarse_keys=keys)
 
 
-def measure_field(config: Config, file: FieldFile, comm: Communicator, most: int = 64) -> Field:
-    """Measure normalisation and range of noise levels on the training samples, at most ``most`` of them. Collective.
+def measure_field(config: Config, file: FieldFile, comm: Communicator) -> Field:
+    """Measure normalisation, spectrum and moments on training samples: 64, or as many as have 2^22 points. Collective.
 
     Wave numbers count as resolved up to the file's attribute ``k_max`` (in multiples of its smallest one), or else up to a third
     of the points per axis, where dealiased simulations end.
     """
     samples = training_samples(config, file)
+    most = max(MEASURED_SAMPLES, MEASURED_POINTS // math.prod(file.header.grid_shape))
     picked = samples[:: -(-len(samples) // most)]
     affine = measure_normalisation(file, picked, config.data.normalise, comm)
     grid, full = decompose(config, 1).grid_shape, file.header.grid_shape

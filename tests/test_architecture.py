@@ -19,7 +19,7 @@ FLOORS = [
     ("parallel", "data", "io", "statistics", "ledger"),
     (
         *("execution", "run", "log", "train", "sample", "calibrate", "calibration", "simulate", "evaluate", "info", "plan"),
-        *("training", "rehearsal", "machine", "tuning"),
+        *("training", "rehearsal", "machine", "tuning", "control"),
     ),
     ("__main__",),
 ]

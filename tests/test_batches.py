@@ -114,3 +114,15 @@ def test_the_range_of_noise_levels_covers_the_spectrum(path: Path) -> None:
     deviation = np.sqrt(spectrum / spectrum.mean())
     assert 5 * deviation.max() * 0.6 < field.sigma_max < 10 * deviation.max()
     assert 0.1 * deviation[0, 5] < field.sigma_min < 0.25 * deviation[0, 5]
+
+
+def test_statistics_are_of_all_samples_where_grids_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """96 samples fit into 2^22 points; where they do not, every second one keeps to at most 64."""
+    path = write_fields(tmp_path / "data.h5", samples=96)
+    with FieldFile(path) as file:
+        config, u = resolve(small_config(path), file), np.stack([file.read(k, (0, 0), GRID) for k in range(96)])
+        whole = measure_field(config, file, Communicator())
+        monkeypatch.setattr("ddpatch.run.MEASURED_POINTS", 0)
+        picked = measure_field(config, file, Communicator())
+    assert whole.normalisation.mean == pytest.approx(u.mean((0, 2, 3)), abs=1e-5)
+    assert picked.normalisation.mean == pytest.approx(u[::2].mean((0, 2, 3)), abs=1e-5)
