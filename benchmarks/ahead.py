@@ -4,8 +4,9 @@
 
 The lead in a distance d to the reference (ddpatch evaluate) is d(theirs) - d(ours), in units of the noise floor. Its standard
 error is that of a bootstrap: samples are drawn again with replacement, the same numbers of all files, since sample k has the same
-noise in all of them; so are blocks of neighbouring samples of the reference, which are of one simulation. A lead is beyond noise
-where it is more than two standard errors. One training each: what other seeds of the training would give is not in it.
+noise in all that have the same patches; so are blocks of neighbouring samples of the reference, which are of one simulation. A
+lead is beyond noise where it is more than two standard errors. One training each: what other seeds of the training would give is
+not in it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def leads(
 
     Arguments:
         reference: File of the data.
-        ours, theirs: Files of samples, as many in each, with the same noise.
+        ours, theirs: Files of samples, as many in each.
         patch: Points of a patch.
         comm: Ranks that share the measurement.
     """

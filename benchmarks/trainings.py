@@ -1,12 +1,13 @@
-"""Whether halo and tokens together are ahead in several trainings, and not in one only.
+"""Whether halo and tokens together hold their bars in several trainings, and not in one only.
 
     python benchmarks/trainings.py --seeds 0 1 2 3 4
     python benchmarks/trainings.py --seeds 0 1 2 3 4 --fixed      # tiling, in both
 
-Trains, draws and compares as turbulence.py does, for every seed, with the two schemes that are nearest to each other; resumes
-where it was. Seeds differ in initial weights, order and noise of the training, and noise of the samples; data and reference are
-the same. The report has the leads of every training (ahead.py), their mean, and half of its 95 % confidence interval (Student's
-t, of the trainings): what is ahead by more than that is so whatever one training finds by chance.
+Trains, draws and compares as turbulence.py does, for every seed, with the scheme that is nearest and with the full domain;
+resumes where it was. Seeds differ in initial weights, order and noise of the training, and noise of the samples; data and
+reference are the same. The report has the leads of every training (ahead.py), their mean, and half of its 95 % confidence
+interval (Student's t, of the trainings): what is ahead by more than that is so whatever one training finds by chance. The same of
+the ratio of the spectrum error to that of the full domain.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flows import SMALL
 from hardware import describe
 from reports import command, met, stem, table, write_rows
 from turbulence import draw_all, prepare, told, train_all
-from turbulence_page import DISTANCES, FIXED, OURS, ahead
+from turbulence_page import DISTANCES, FIXED, OURS, WHOLE, ahead
 
 OTHER = "tokens"  # the scheme that is nearest
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, 95 %, by degrees of freedom
@@ -32,15 +33,16 @@ Row = dict[str, Any]
 
 
 def measure(kind: str, seed: int, folder: Path, tiling: str) -> Row:
-    """One training of both schemes: the leads with their errors, and J."""
+    """One training of the three schemes: the leads with their errors, J, and the spectrum errors."""
     mine, other = OURS + tiling, OTHER + tiling
     flow, place = told(SMALL[kind], seed, None), folder / ("small" + f"-seed{seed}" * bool(seed))
     prepare(flow, place / kind, place / kind)
-    train_all({kind: flow}, (mine, other), place)
-    ours = draw_all(flow, (mine, other), place / kind, place / kind)[1]
+    train_all({kind: flow}, (mine, other, WHOLE), place)
+    _, ours, _, whole = draw_all(flow, (mine, other, WHOLE), place / kind, place / kind)
     leads = {key: lead for _, key, *lead in ahead(flow, mine, (other,), place / kind)}
     found = {f"{key}{part}": value for key, lead in leads.items() for part, value in zip(("", "_error"), lead, strict=True)}
-    return {"seed": seed, **found, "seam_ratio": ours["seam_ratio"]}
+    errors = {"spectrum_error": ours["spectrum_error"], "spectrum_error_whole": whole["spectrum_error"]}
+    return {"seed": seed, **found, "seam_ratio": ours["seam_ratio"], **errors}
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -51,19 +53,25 @@ def half_width(values: Sequence[float]) -> float:
 def report(kind: str, rows: list[Row], tiling: str) -> str:
     """The Markdown page."""
     cells = [
-        (row["seed"], *(f"{row[key]:.2f} ± {row[f'{key}_error']:.2f}" for key in KEYS), f"{row['seam_ratio']:.3f}")
+        (
+            row["seed"],
+            *(f"{row[key]:.2f} ± {row[f'{key}_error']:.2f}" for key in KEYS),
+            *(f"{row[key]:.3f}" for key in ("seam_ratio", "spectrum_error", "spectrum_error_whole")),
+        )
         for row in rows
     ]
+    header = ("seed of the training", *(DISTANCES[key] for key in KEYS), "J", "spectrum, mean abs ln", "of the full domain")
+    bars = [bar([row[key] for row in rows], DISTANCES[key]) for key in KEYS]
     return "\n".join(
         [
             f"# {OURS.capitalize()} against {OTHER} in {len(rows)} trainings{tiling}, {kind}, {date.today()}",
             "",
             f"{describe()}. `{command()}`",
             "",
-            "Leads in floors, with the standard error of each; the mean with half of its 95 % confidence interval.",
+            "Leads in floors, with the standard error of each; means with half of their 95 % confidence intervals.",
             "",
-            *table(("seed of the training", *(DISTANCES[key] for key in KEYS), "J"), cells),
-            *table(("bar", "mean of the trainings", "met"), [bar([row[key] for row in rows], DISTANCES[key]) for key in KEYS]),
+            *table(header, cells),
+            *table(("bar", "mean of the trainings", "met"), [*bars, bar_of_whole(rows)]),
         ]
     )
 
@@ -72,6 +80,17 @@ def bar(leads: list[float], name: str) -> tuple[str, str, str]:
     """What the trainings together have to show."""
     mean, width = statistics.fmean(leads), half_width(leads)
     return f"{name}: ahead of {OTHER}", f"by {mean:.2f} ± {width:.2f} floors", met(mean > width)
+
+
+def bar_of_whole(rows: list[Row]) -> tuple[str, str, str]:
+    """The spectrum error against that of the full domain."""
+    ratios = [row["spectrum_error"] / row["spectrum_error_whole"] for row in rows]
+    mean = statistics.fmean(ratios)
+    return (
+        "spectrum error within 10 % of the full domain's, or better",
+        f"{mean:.2f} ± {half_width(ratios):.2f} of it",
+        met(mean <= 1.1),
+    )
 
 
 def main() -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ddpatch.calibration import CALIBRATION, SCALE, keep
-from ddpatch.control import Mean, controlled_mean, gaussian_energy
+from ddpatch.control import Mean, controlled_mean, gaussian_energies
 from ddpatch.data.fields import FieldFile
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
+from ddpatch.run import Field
 from ddpatch.sample import Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
@@ -95,15 +97,20 @@ def calibrate(
 
 def excess_energy(path: Path, sampler: Sampler, comm: Communicator) -> Mean:
     """m of a file of samples, the mean over the resolved shells of ln(E(k) / E(k) of the training data). Collective."""
-    field = sampler.field
+    energies = shell_energies(path, sampler.field, comm)
+    samples, shells = range(len(energies)), energies.shape[1]
+    known = gaussian_energies(sampler.field, sampler.decomposition, samples, SEED, shells, comm)
+    chance = controlled_mean((energies / energies.mean(0)).mean(1), known.mean(1))
+    return Mean(float(energies.mean(0).log().mean()) + chance.value - 1, chance.error)
+
+
+def shell_energies(path: Path, field: Field, comm: Communicator) -> Tensor:
+    """E(k) / E(k) of the training data for every sample and resolved shell, with shape ``[sample, shell]``. Collective."""
     mean, std = np.asarray(field.normalisation.mean), np.asarray(field.normalisation.std)
     with FieldFile(path) as file:
-        samples, shells = range(file.header.samples), slice(1, min(file.header.grid_shape) // 3 + 1)
-        squares = torch.stack([mode_deviation(file, [k], comm, None, mean, std).deviation.square() for k in samples])[:, shells]
-    expected = torch.tensor(field.spectrum[0], dtype=torch.float64)[shells].square()
-    relative = (squares / squares.mean(0)).mean(1)
-    chance = controlled_mean(relative, gaussian_energy(field, sampler.decomposition, samples, SEED, shells, comm))
-    return Mean(float((squares.mean(0) / expected).log().mean()) + chance.value - 1, chance.error)
+        samples, last = range(file.header.samples), min(file.header.grid_shape) // 3
+        deviations = torch.stack([mode_deviation(file, [k], comm, None, mean, std).deviation for k in samples])
+    return (deviations[:, 1 : last + 1] / torch.tensor(field.spectrum[0], dtype=torch.float64)[1 : last + 1]).square()
 
 
 def _remove(path: Path) -> None:

@@ -53,28 +53,28 @@ def controlled_mean(y: Tensor, z: Tensor) -> Mean:
     return Mean(float(y.mean() - slope * (z.mean() - 1)), float(error))
 
 
-def gaussian_energy(
-    field: Field, grid: Decomposition, samples: Sequence[int], seed: int, shells: slice, comm: Communicator
+def gaussian_energies(
+    field: Field, grid: Decomposition, samples: Sequence[int], seed: int, shells: int, comm: Communicator
 ) -> Tensor:
-    """z of every sample. Collective.
+    """The energies of which z is the mean over shells. Collective.
 
     Arguments:
         field: What the samples are fields of, on the grid of the training.
         grid: That grid, cut into patches, which the noise is keyed by.
         samples: Global sample numbers; together with ``seed`` they name the noise, as in :meth:`ddpatch.sample.Sampler.draw`.
         seed: Of the series.
-        shells: Those to average over.
+        shells: The last one; the first is 1.
         comm: The ranks that share the transform; any number.
 
     Returns:
-        Shape ``[sample]``.
+        Shape ``[sample, shell]``, with the expectation 1.
     """
     spectrum = Spectrum(grid.grid_shape, field.spacing, grid.periodic, comm)
     power = covariance(field, spectrum)
     found = torch.stack([_weighted(power, _noise(field, grid, sample, seed, spectrum), spectrum) for sample in samples])
     trace = spectrum.shell_sums(power.diagonal(dim1=0, dim2=1).real.sum(-1))
     found, expected = comm.allreduce_(found), comm.allreduce_(trace) / grid.num_points
-    return (found[:, shells] / expected[shells]).mean(1)
+    return (found / expected)[:, 1 : shells + 1]
 
 
 def covariance(field: Field, spectrum: Spectrum) -> Tensor:
