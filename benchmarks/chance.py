@@ -1,6 +1,6 @@
 """How much of the chance in a calibration its control variate takes out (ddpatch/control.py), on samples of turbulence.py.
 
-    python benchmarks/chance.py --folder runs/turbulence/small
+    python benchmarks/chance.py      # after python benchmarks/turbulence.py; on one rank, for the full domain is one patch
 
 y: mean over the resolved shells of a sample's energy, relative to that of all samples. Given are its deviation, the slope β, the
 share of the variance that is left, and, as a check of both errors, the deviation of the means of blocks of 16 samples about that

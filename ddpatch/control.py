@@ -3,9 +3,9 @@
 The probability flow of a Gaussian field makes x̂(κ) = P(κ)^1/2 n̂(κ) of noise, P its covariance and κ the wave numbers. A denoiser
 is near enough to a Gaussian field's for its samples to be strong where these are, and what these have is known:
 
-    z = mean over shells k of  Σ_κ n̂^H P n̂ / Σ_κ tr P / N^d,   n̂ = fftn(n) / N^d,   E z = 1,
+    z = mean over shells k of  N Σ_κ n̂^H P n̂ / Σ_κ tr P,   n̂ = fftn(n) / N,   <z> = 1,
 
-whatever P is. So y - β (z - 1) has the expectation of y, and with β = cov(y, z) / var(z) what is left of its variance is
+whatever P is, with N points. So y - β (z - 1) has the expectation of y, and with β = cov(y, z) / var(z) what is left of its variance is
 1 - corr(y, z)² (P. Glasserman, Monte Carlo Methods in Financial Engineering, 2003, section 4.1).
 """
 
