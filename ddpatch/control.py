@@ -5,8 +5,8 @@ is near enough to a Gaussian field's for its samples to be strong where these ar
 
     z = mean over shells k of  N Σ_κ n̂^H P n̂ / Σ_κ tr P,   n̂ = fftn(n) / N,   <z> = 1,
 
-whatever P is, with N points. So y - β (z - 1) has the expectation of y, and with β = cov(y, z) / var(z) what is left of its variance is
-1 - corr(y, z)² (P. Glasserman, Monte Carlo Methods in Financial Engineering, 2003, section 4.1).
+whatever P is, with N points. So y - β (z - 1) has the expectation of y, and with β = cov(y, z) / var(z) what is left of its
+variance is 1 - corr(y, z)² (P. Glasserman, Monte Carlo Methods in Financial Engineering, 2003, section 4.1).
 """
 
 from __future__ import annotations
