@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 SCHEMES = {  # name: (coupling of the network, how it is sampled)
-    "full domain": ("full-domain", "moving"),
+    "full domain": ("full-domain", "fixed"),
     "independent patches": ("none", "fixed"),
     "overlapping windows": ("none", "overlap"),
     "moving tiling": ("none", "moving"),
-    "halo": ("halo", "moving"),
-    "tokens": ("tokens", "moving"),
-    "halo and tokens": ("two-level", "moving"),
-    "halo, fixed tiling": ("halo", "fixed"),
-    "tokens, fixed tiling": ("tokens", "fixed"),
-    "halo and tokens, fixed tiling": ("two-level", "fixed"),
+    "halo": ("halo", "fixed"),
+    "tokens": ("tokens", "fixed"),
+    "halo and tokens": ("two-level", "fixed"),
+    "halo, moving tiling": ("halo", "moving"),
+    "tokens, moving tiling": ("tokens", "moving"),
+    "halo and tokens, moving tiling": ("two-level", "moving"),
     "halo and tokens, lagged": ("two-level", "lagged"),
 }
 MORE = tuple(scheme for scheme in SCHEMES if "," in scheme)

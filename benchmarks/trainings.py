@@ -1,7 +1,7 @@
 """Whether halo and tokens together hold their bars in several trainings, and not in one only.
 
     python benchmarks/trainings.py --seeds 0 1 2 3 4
-    python benchmarks/trainings.py --seeds 0 1 2 3 4 --fixed      # tiling, in both
+    python benchmarks/trainings.py --seeds 0 1 2 3 4 --moving     # tiling, in both
 
 Trains, draws and compares as turbulence.py does, for every seed, with the scheme that is nearest and with the full domain;
 resumes where it was. Seeds differ in initial weights, order and noise of the training, and noise of the samples; data and
@@ -25,7 +25,7 @@ from flows import SMALL
 from hardware import describe
 from reports import command, met, stem, table, write_rows
 from turbulence import draw_all, prepare, told, train_all
-from turbulence_page import DISTANCES, FIXED, OURS, WHOLE, ahead
+from turbulence_page import DISTANCES, MOVING, OURS, WHOLE, ahead
 
 OTHER = "tokens"  # the scheme that is nearest
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, 95 %, by degrees of freedom
@@ -98,12 +98,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="two to ten (default 0 to 4)")
     parser.add_argument("--flow", choices=SMALL, default="kolmogorov")
-    parser.add_argument("--fixed", action="store_true", help="tiling, in place of one that moves")
+    parser.add_argument("--moving", action="store_true", help="tiling, in place of one that stands still")
     parser.add_argument("--folder", type=Path, default=Path("runs/turbulence"), help="of data and runs (default %(default)s)")
     args = parser.parse_args()
     rows: list[Row] = []
-    tiling = FIXED if args.fixed else ""
-    path = stem(f"trainings_{args.flow}{'-fixed' * args.fixed}")
+    tiling = MOVING if args.moving else ""
+    path = stem(f"trainings_{args.flow}{'-moving' * args.moving}")
     for seed in args.seeds:
         rows.append(measure(args.flow, seed, args.folder, tiling))
         print(rows[-1], flush=True)

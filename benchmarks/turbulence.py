@@ -1,7 +1,7 @@
 """Couplings on turbulence: equal parameters, equal training, side by side.
 
     python benchmarks/turbulence.py              # small: half an hour on two cores; resumes where it was
-    python benchmarks/turbulence.py --more       # with fixed tiling and lagged tokens
+    python benchmarks/turbulence.py --more       # with moving tilings and lagged tokens
     python benchmarks/turbulence.py --full       # for a GPU: larger fields, wider networks, longer training
     python benchmarks/turbulence.py --seed 1 --flows kolmogorov --schemes tokens "halo and tokens"    # another training of some
     python benchmarks/turbulence.py --samples 256 --flows isotropic     # the same networks, told apart by more samples
@@ -9,13 +9,12 @@
 Two flows: two-dimensional Kolmogorov flow on 16 patches, forced isotropic turbulence on 8 patches. Schemes: one U-Net on the
 whole domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); independent
 patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. MultiDiffusion and PaDIS sample with the network
-of the independent patches. Where patches are coupled the tiling moves too, as it does by default, so that the lattice in which
-correlation across patches is measured is not theirs. And, with --more: "fixed tiling" is without, and "lagged" is fixed tiling
-with a coarse level that speaks of the evaluation before, at the same level scale. Of overlapping windows, which cost most and
-show most, an eighth as many samples are drawn. Where there is no transformer the coarsest level is wider for it. Every network
-but that of independent patches is calibrated (ddpatch calibrate) on the training data, with other noise than the samples have;
-there, and where no level scale mends the energy, it is 1. "ln E, λ = 1" is the mean over the resolved shells of
-ln(E_gen / E_data) before that.
+of the independent patches. Where patches are coupled the tiling stands still, as it does by default. And, with --more: "moving
+tiling" is of coupled patches too, and "lagged" has a coarse level that speaks of the evaluation before, both at the level scale
+found without. Of overlapping windows, which cost most and show most, an eighth as many samples are drawn. Where there is no
+transformer the coarsest level is wider for it. Every network but that of independent patches is calibrated (ddpatch calibrate)
+on the training data, with other noise than the samples have; there, and where no level scale mends the energy, it is 1.
+"ln E, λ = 1" is the mean over the resolved shells of ln(E_gen / E_data) before that.
 The first row is that of the training data themselves: what no sampler can be expected to beat.
 
 Figures are distances to an independent reference in units of the noise floor, that is of the distance between two halves of the

@@ -18,7 +18,7 @@ OURS = "halo and tokens"
 WHOLE = "full domain"
 COUPLED = ("halo", "tokens")
 OTHERS = ("independent patches", *COUPLED)  # that it has to be ahead of
-FIXED = ", fixed tiling"
+MOVING = ", moving tiling"
 FACTS = ("energy", "level_scale", "seconds", "memory", "bytes", "parameters")  # of a sampling
 DISTANCES = {
     "spectrum": "spectrum",
@@ -82,7 +82,7 @@ def bars(flow: Flow, rows: list[dict[str, Any]], folder: Path) -> list[str]:
     known = {row["scheme"]: row for row in rows}
     found = [
         (name, *bar)
-        for name, tiling in (("moving", ""), ("fixed", FIXED))
+        for name, tiling in (("fixed", ""), ("moving", MOVING))
         if OURS + tiling in known
         for bar in bars_of(flow, tiling, known, folder)
     ]
@@ -94,7 +94,7 @@ def bars_of(flow: Flow, tiling: str, known: dict[str, dict[str, Any]], folder: P
     mine = OURS + tiling
     rivals = [scheme + tiling if scheme in COUPLED else scheme for scheme in OTHERS]
     leads = ahead(flow, mine, [scheme for scheme in (*rivals, WHOLE) if scheme in known], folder)
-    found = [of_lead(scheme.removesuffix(FIXED), *lead[1:]) for lead in leads if (scheme := lead[0]) != WHOLE]
+    found = [of_lead(scheme.removesuffix(MOVING), *lead[1:]) for lead in leads if (scheme := lead[0]) != WHOLE]
     ratio = known[mine]["seam_ratio"]
     found.append(("J in [0.97, 1.03]", f"{ratio:.3f}", met(0.97 <= ratio <= 1.03)))
     for value, error in [(value, error) for scheme, key, value, error in leads if (scheme, key) == (WHOLE, "spectrum")]:

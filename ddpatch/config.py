@@ -166,7 +166,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class SampleConfig:
     """How samples are drawn: ``solver`` is ``heun`` or ``dpm++2m``, ``steps`` the number of solver steps. ``shift`` lets the
-    patches tile the grid from another origin in every evaluation, along periodic axes, where the training did so too. The noise
+    patches tile the grid from another origin in every evaluation, along periodic axes, where the training did so too, at the cost
+    of exchanging half a patch along every axis twice. The noise
     level that the network is told is divided by ``noise_scale``, less so where there is much noise
     (:class:`ddpatch.diffusion.solvers.Solver`); ``null`` takes what ``ddpatch calibrate`` found for the checkpoint, or 1.
     ``lagged`` lets the coarse level speak of the evaluation before, so that the gather of tokens goes on while patches are
@@ -178,7 +179,7 @@ class SampleConfig:
     solver: str = "dpm++2m"
     steps: int = 20
     batch: int | None = None
-    shift: bool = True
+    shift: bool = False
     lagged: bool = False
     noise_scale: float | None = None
     on_host: bool = False

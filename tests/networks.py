@@ -46,7 +46,7 @@ def gradients(config: Config, comm: Communicator) -> tuple[Tensor, list[Tensor]]
     field = field_of(PowerLaw().power(grid), 2, stencil_reach(config), waves)
     model = make_model(config, field)
     for i, parameter in enumerate(model.parameters()):
-        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
+        torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(i))
     sums = GradientSum(model.parameters(), comm)
     clean, noise = (cut(random_field(2, 2, grid, seed), decomposition, exchange.patches) for seed in (0, 1))
     sigma = torch.tensor([0.1, 3.0], dtype=torch.float64)

@@ -18,15 +18,18 @@ from ddpatch.model.stencil import StencilConvolution
 from ddpatch.model.tokens import (
     Prolongation,
     Restriction,
+    bspline,
     check_tokens,
     from_canvas,
     interpolation,
     mean_blocks,
+    neighbours,
     splines,
     to_canvas,
     weighting,
 )
 from ddpatch.model.two_level import TwoLevelModel
+from ddpatch.model.unet import Decoder, Encoder
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 
@@ -199,24 +202,44 @@ def test_means_of_tokens_are_those_of_blocks_in_place(patch_grid: tuple[int, ...
     torch.testing.assert_close(found, from_canvas(blocks, patch_grid, keys).flatten(1, 2))
 
 
+@pytest.mark.parametrize("degree", [2, 5])
 @pytest.mark.parametrize("periodic", [(True, True), (False, True), (False, False)])
-def test_prolongation_does_not_see_patch_borders(periodic: tuple[bool, bool]) -> None:
+def test_prolongation_does_not_see_patch_borders(periodic: tuple[bool, bool], degree: int) -> None:
     """Interpolated patch by patch or on the whole canvas, tokens give the same field."""
     prolongation, canvas = Prolongation(2, width=3, latent=1, fine=2).double(), random_field(2, 3, (4, 6)).movedim(1, -1)
     coefficients, fields = prolongation.fine(canvas), []
     assert coefficients is not None
     for patch in ((8, 8), (16, 24)):
         decomposition = Decomposition((16, 24), patch, 1, periodic)
-        fields.append(join(splines(coefficients, decomposition, range(decomposition.num_patches)), decomposition))
+        fields.append(join(splines(coefficients, decomposition, range(decomposition.num_patches), degree), decomposition))
     torch.testing.assert_close(fields[0], fields[1])
     assert fields[0].shape == (2, 2, 16, 24)
 
 
-def test_interpolation_reproduces_linear_functions() -> None:
-    centres = torch.arange(-1, 5, dtype=torch.float64) + 0.5
-    points = (torch.arange(16, dtype=torch.float64) + 0.5) / 4
-    torch.testing.assert_close((2 * centres - 3) @ interpolation(4, 4), 2 * points - 3)
-    torch.testing.assert_close(interpolation(4, 4).sum(0), torch.ones(16, dtype=torch.float64))
+def test_the_rim_of_splines_is_what_neighbours_have() -> None:
+    decomposition, canvas = Decomposition((16, 24), (8, 8)), random_field(2, 3, (4, 6)).movedim(1, -1)
+    patches = range(decomposition.num_patches)
+    field = join(splines(canvas, decomposition, patches), decomposition)
+    wide = splines(canvas, decomposition, patches, rim=3)
+    around = torch.nn.functional.pad(field, (3, 3, 3, 3), mode="circular")
+    torch.testing.assert_close(wide[:, 4], around[..., 8:22, 8:22])  # the patch in the second row and column
+
+
+@pytest.mark.parametrize("degree", [2, 3, 5])
+def test_interpolation_reproduces_linear_functions(degree: int) -> None:
+    ring, rim = neighbours(degree, rim=2, cell=4), 2
+    weights = interpolation(4, 4, degree, ring, rim)
+    centres = torch.arange(-ring, 4 + ring, dtype=torch.float64) + 0.5
+    points = (torch.arange(-rim, 16 + rim, dtype=torch.float64) + 0.5) / 4
+    torch.testing.assert_close((2 * centres - 3) @ weights, 2 * points - 3)
+    torch.testing.assert_close(weights.sum(0), torch.ones(20, dtype=torch.float64))
+
+
+def test_splines_of_degree_two() -> None:
+    """A point at distance t from the nearest centre weighs it with 3/4 - t², and the two beside it with (1/2 ± t)² / 2."""
+    t = torch.linspace(-0.5, 0.4, 10, dtype=torch.float64)
+    torch.testing.assert_close(bspline(t, 2), 0.75 - t.square())
+    torch.testing.assert_close(bspline(t - 1, 2), (0.5 + t).square() / 2)
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
@@ -237,6 +260,26 @@ def test_refinement_reproduces_linear_functions_up_to_the_rim() -> None:
     fine_y, fine_x = torch.meshgrid(torch.arange(8.0) / 2 - 0.25, torch.arange(12.0) / 2 - 0.25, indexing="ij")
     torch.testing.assert_close(refine((3 * y - x)[None, None]), (3 * fine_y - fine_x)[None, None])
     torch.testing.assert_close(refine(torch.full((1, 1, 1, 1), 2.0)), torch.full((1, 1, 2, 2), 2.0))
+    wide = refine((3 * y - x)[None, None], rim=2)
+    torch.testing.assert_close(wide, torch.nn.functional.pad((3 * fine_y - fine_x)[None, None], (2,) * 4, mode="replicate"))
+
+
+def test_the_finest_level_sees_a_rim_of_the_window() -> None:
+    """What a patch's neighbours have next to the border reaches its last convolutions."""
+    torch.manual_seed(0)
+    encoder = Encoder(2, 1, 0, [4, 8], blocks=1, halo=3, rim=1, embedding=4).double()
+    decoder = Decoder(2, 1, [4, 8], blocks=1, rim=1, embedding=4).double()
+    for name, parameter in decoder.named_parameters():
+        if "conv2" in name or "out" in name:
+            torch.nn.init.normal_(parameter)
+    sigma, embedding = torch.ones(1, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
+    latent, skips = encoder(random_field(1, 1, (14, 14))[None], torch.zeros(1, 0, 14, 14, dtype=torch.float64), sigma, embedding)
+    assert latent.shape == (1, 8, 4, 4) and skips[0].shape == (1, 4, 10, 10)
+    before = decoder(latent, skips, embedding)
+    skips[0][:, :, 0] += 1
+    changed = (decoder(latent, skips, embedding) - before).abs().amax((0, 1, 3)) > 1e-9
+    assert before.shape == (1, 1, 8, 8)
+    assert changed.tolist() == [True] + [True] + [False] * 6
 
 
 def test_tokens_are_where_their_places_say() -> None:

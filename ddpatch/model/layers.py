@@ -133,18 +133,19 @@ class NoiseEmbedding(nn.Module):
         return self.layers(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
-def refine(x: Tensor, wraps: bool = False) -> Tensor:
-    """Linear interpolation of cell values to half the spacing, extrapolated to the rim: exact for linear functions.
+def refine(x: Tensor, wraps: bool = False, rim: int = 0) -> Tensor:
+    """Linear interpolation of cell values to half the spacing, extrapolated to the outermost points: exact for linear functions.
 
     Arguments:
         x: Shape ``[batch, channel, *points]``; twice as many points come out on every axis, channels last in memory.
-        wraps: Whether the points close on themselves, so that there is no rim.
+        wraps: Whether the points close on themselves, so that there are no outermost ones.
+        rim: Points to add on every side, with the values of the outermost ones.
     """
     if wraps:
         return crop(refine(F.pad(x, [1] * 2 * (x.ndim - 2), mode="circular")), 2)
     x = x.movedim(1, -1)
     for axis in range(1, x.ndim - 1):
-        x = along(x, axis, _halving(x.shape[axis]))
+        x = along(x, axis, _halving(x.shape[axis], rim))
     return x.movedim(-1, 1)
 
 
@@ -171,16 +172,16 @@ def crop(x: Tensor, width: int) -> Tensor:
     return F.pad(x, [-width] * 2 * (x.ndim - 2))  # slices would have gradients with channels first
 
 
-def _halving(cells: int) -> Tensor:
-    """Weights of the two nearest cells for every new point, with shape ``[cells, 2 cells]``."""
-    points = (torch.arange(2 * cells, dtype=torch.float64) + 0.5) / 2 - 0.5
-    left = points.floor().clamp(0, max(cells - 2, 0)).long()
-    weights = torch.zeros(cells, 2 * cells, dtype=torch.float64)
-    new = torch.arange(2 * cells)
+def _halving(cells: int, rim: int) -> Tensor:
+    """Weights of the two nearest cells for every new point, with shape ``[cells, 2 cells + 2 rim]``."""
+    new = torch.arange(-rim, 2 * cells + rim)
+    points = (new.clamp(0, 2 * cells - 1) + 0.5).double() / 2 - 0.5
+    weights = torch.zeros(cells, len(new), dtype=torch.float64)
     if cells == 1:
         return weights + 1
-    weights[left, new] = 1 - (points - left)
-    weights[left + 1, new] = points - left
+    left = points.floor().clamp(0, cells - 2).long()
+    weights[left, new + rim] = 1 - (points - left)
+    weights[left + 1, new + rim] = points - left
     return weights
 
 

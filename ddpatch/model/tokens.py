@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -87,28 +88,32 @@ class Prolongation(nn.Module):
     def fine(self, canvas: Tensor) -> Tensor | None:
         """Map all tokens in place ``[sample, *token_grid, width]`` to spline coefficients ``[sample, *token_grid, fine]``.
 
-        :func:`splines` interpolates with them between token centres, through the neighbours' tokens. ``None`` where the finest
-        level is not reached.
+        :func:`splines` of degree 2 interpolate with them between token centres, through the neighbours' tokens. ``None`` where
+        the finest level is not reached.
         """
         return None if self.to_fine is None else self.to_fine(canvas)
 
 
-def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]) -> Tensor:
+def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int], degree: int = 2, rim: int = 0) -> Tensor:
     """B-splines with coefficients on the tokens, at the points of some patches.
 
     Arguments:
         canvas: Coefficients of all tokens in place, with shape ``[sample, *token_grid, channel]``.
         decomposition: The grid and its patches.
         patches: Global numbers of the patches.
+        degree: Of the splines.
+        rim: Points around every patch that are wanted too.
 
     Returns:
-        Shape ``[sample, patch, channel, *patch_shape]``, channels last in memory.
+        Shape ``[sample, patch, channel, *(patch_shape + 2 rim)]``, channels last in memory.
     """
-    framed = frame(canvas.movedim(-1, 1), decomposition.periodic).movedim(1, -1)
     per_patch = [n // g for n, g in zip(canvas.shape[1:-1], decomposition.patch_grid, strict=True)]
-    points = own_boxes(framed, decomposition, patches, per_patch, ring=2)
-    for axis, (n, q) in enumerate(zip(decomposition.patch_shape, per_patch, strict=True), start=2):
-        points = along(points, axis, interpolation(q, n // q))
+    cells = [n // q for n, q in zip(decomposition.patch_shape, per_patch, strict=True)]
+    ring = neighbours(degree, rim, min(cells))
+    framed = frame(canvas.movedim(-1, 1), decomposition.periodic, ring).movedim(1, -1)
+    points = own_boxes(framed, decomposition, patches, per_patch, 2 * ring)
+    for axis, (cell, q) in enumerate(zip(cells, per_patch, strict=True), start=2):
+        points = along(points, axis, interpolation(q, cell, degree, ring, rim))
     return points.movedim(-1, 2)
 
 
@@ -147,22 +152,41 @@ def mean_scale(sigma: Tensor, kernels: Sequence[Tensor]) -> Tensor:
     return ((1 + square) / (1 + square * noise)).sqrt()
 
 
-def interpolation(q: int, cell: int) -> Tensor:
-    """Quadratic B-splines of q tokens and one neighbour on either side, at the q * cell points between, along one axis.
+def bspline(places: Tensor, degree: int) -> Tensor:
+    """The B-spline β_n at distances t from its middle, in token spacings, by the recursion of Cox and de Boor:
 
-    A point at distance t from the nearest token centre, in token spacings, weighs it with 3/4 - t², and the two beside it with
-    (1/2 ± t)² / 2. Unlike linear interpolation this has no kinks at the token centres; linear functions are reproduced.
+        β_n(t) = [(h + t) β_{n-1}(t + 1/2) + (h - t) β_{n-1}(t - 1/2)] / n,   h = (n + 1) / 2,   β_0 = 1 on [-1/2, 1/2).
+
+    It has n - 1 derivatives and vanishes from |t| = h on; with n > 0 linear functions are reproduced.
+    """
+    if degree == 0:
+        return ((places >= -0.5) & (places < 0.5)).to(places)
+    half = (degree + 1) / 2
+    below, above = bspline(places + 0.5, degree - 1), bspline(places - 0.5, degree - 1)
+    return ((half + places) * below + (half - places) * above) / degree
+
+
+def neighbours(degree: int, rim: int = 0, cell: int = 1) -> int:
+    """Tokens beyond a patch, on either side, whose splines reach its points and those of a rim around it."""
+    return (degree + 1) // 2 + -(-rim // cell)
+
+
+@cache
+def interpolation(q: int, cell: int, degree: int, ring: int, rim: int = 0) -> Tensor:
+    """B-splines of q tokens and some neighbours on either side, at the q * cell points between, along one axis.
 
     Arguments:
         q: Tokens of the patch along the axis.
         cell: Points per token.
+        degree: Of the splines.
+        ring: Neighbours, at least :func:`neighbours`.
+        rim: Points beyond the patch, on either side.
 
     Returns:
-        Weights with shape ``[q + 2, q * cell]``; every column sums to 1.
+        Weights with shape ``[q + 2 ring, q * cell + 2 rim]``; every column sums to 1.
     """
-    points = (torch.arange(q * cell, dtype=torch.float64) + 0.5) / cell + 0.5
-    distance = (points[None] - torch.arange(q + 2, dtype=torch.float64)[:, None]).abs()
-    return torch.where(distance < 0.5, 0.75 - distance.square(), (1.5 - distance).clamp(min=0).square() / 2)
+    points = (torch.arange(-rim, q * cell + rim, dtype=torch.float64) + 0.5) / cell - 0.5
+    return bspline(points[None] - torch.arange(-ring, q + ring, dtype=torch.float64)[:, None], degree)
 
 
 def frame(canvas: Tensor, periodic: Sequence[bool], width: int = 1) -> Tensor:

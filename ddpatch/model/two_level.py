@@ -30,8 +30,10 @@ from ddpatch.model.tokens import (
     weighting,
 )
 from ddpatch.model.unet import Decoder, Encoder
+from ddpatch.model.waves import DEGREE
 from ddpatch.model.wiener import LinearPart
 
+RIM = 1  # points of the halo that the finest level keeps
 SHARDED_FROM = 1024  # tokens
 
 
@@ -108,8 +110,9 @@ class TwoLevelModel(nn.Module):
         widths, embedding = config.channels, 4 * config.channels[0]
         extra = num_coordinate_features(self.periodic, config.positions)
         self.embed = NoiseEmbedding(embedding)
-        self.encoder = Encoder(ndim, channels, extra, widths, config.blocks, config.reach, embedding, wraps)
-        self.decoder = Decoder(ndim, channels, widths, config.blocks, embedding, wraps)
+        rim = min(RIM, max(config.reach - 1, 0)) if len(widths) > 1 else 0
+        self.encoder = Encoder(ndim, channels, extra, widths, config.blocks, config.reach, rim, embedding, wraps)
+        self.decoder = Decoder(ndim, channels, widths, config.blocks, 0 if wraps else rim, embedding, wraps)
         self.bottleneck = ResidualBlock(ndim, widths[-1], widths[-1], embedding, wraps)
         if paths.coarse:
             self.restriction = Restriction(ndim, widths[-1], config.token_channels, config.tokens, paths.means)
@@ -294,7 +297,7 @@ class TwoLevelModel(nn.Module):
             own = own_boxes(group.tokens, group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
             latent = latent + self.prolongation.latent(own.flatten(0, 1), latent.shape[2:]).to(latent)
         if group.fine is not None:
-            fine = splines(group.fine, group.grid, group.patches).flatten(0, 1).to(latent)
+            fine = splines(group.fine, group.grid, group.patches, rim=self.decoder.rim).flatten(0, 1).to(latent)
         latent = self.bottleneck(latent, group.repeated)
         out = self.decoder(latent, features.skips, group.repeated, fine)
         out = out.to(group.windows).unflatten(0, group.windows.shape[:2])
@@ -302,7 +305,7 @@ class TwoLevelModel(nn.Module):
             out = self.linear.scale(group.sigma).view(-1, *(1,) * (out.ndim - 1)) * out
         if near is not None:
             out = near + out
-        return out if group.linear is None else out + splines(group.linear, group.grid, group.patches)
+        return out if group.linear is None else out + splines(group.linear, group.grid, group.patches, DEGREE)
 
     def _token_features(self, decomposition: Decomposition) -> Tensor:
         """Coordinates of all tokens, with shape ``[*token_grid, feature]``: those of a grid with a point per token."""

@@ -21,7 +21,7 @@ from ddpatch.model.stencil import StencilConvolution
 
 
 class Stem(nn.Module):
-    """The first convolutions, on the window. With halo δ they are δ unpadded 3^d convolutions, which use up the halo exactly.
+    """The first convolutions, on the window: unpadded ones of 3^d points, which use up the halo δ but for a rim ρ < δ.
 
     The first is linear, on whitened stencils; the others are residual: h → crop(h) + conv(silu(h)).
 
@@ -30,18 +30,19 @@ class Stem(nn.Module):
         inputs: Channels of the field.
         features: Channels of coordinates.
         outputs: Channels of the result.
-        halo: Width δ in points; 0 stands for one convolution padded with zeros.
+        depth: Convolutions, δ - ρ; 0 stands for one that is padded with zeros.
+        spare: Points of the halo that are left out, ρ where nothing is to be left of it.
     """
 
-    def __init__(self, ndim: int, inputs: int, features: int, outputs: int, halo: int) -> None:
+    def __init__(self, ndim: int, inputs: int, features: int, outputs: int, depth: int, spare: int = 0) -> None:
         super().__init__()
-        self.margin = 0 if halo else 1
+        self.margin = -spare if depth else 1
         self.stencil = StencilConvolution(ndim, inputs, outputs)
         self.place = CONV[ndim](features, outputs, 1, bias=False) if features else None
-        self.layers = nn.ModuleList(CONV[ndim](outputs, outputs, 3) for _ in range(halo - 1))
+        self.layers = nn.ModuleList(CONV[ndim](outputs, outputs, 3) for _ in range(depth - 1))
 
     def forward(self, windows: Tensor, coordinates: Tensor, sigma: Tensor, dtype: torch.dtype) -> Tensor:
-        """Map windows ``[sample, patch, inputs, *(patch_shape + 2 δ)]`` to ``[sample * patch, outputs, *patch_shape]``.
+        """Map windows ``[sample, patch, inputs, *(patch_shape + 2 δ)]`` to ``[sample * patch, outputs, *(patch_shape + 2 ρ)]``.
 
         What whitening makes of a smooth field is small differences, so that the first convolution has the type of the field.
 
@@ -71,6 +72,7 @@ class Encoder(nn.Module):
         channels: Channels per level, finest first.
         blocks: Residual blocks per level.
         halo: Width δ of the window's halo.
+        rim: Width ρ of what is left of it at the finest level, unless the patch closes on itself.
         embedding: Width of the noise embedding.
         wraps: Whether the patch is a grid that closes on itself.
     """
@@ -83,11 +85,13 @@ class Encoder(nn.Module):
         channels: Sequence[int],
         blocks: int,
         halo: int,
+        rim: int,
         embedding: int,
         wraps: bool = False,
     ) -> None:
         super().__init__()
-        self.stem = Stem(ndim, inputs, features, channels[0], halo)
+        self.rim = 0 if wraps else rim
+        self.stem = Stem(ndim, inputs, features, channels[0], halo - rim, rim - self.rim)
         self.levels = nn.ModuleList(
             nn.ModuleList(ResidualBlock(ndim, width, width, embedding, wraps) for _ in range(blocks)) for width in channels
         )
@@ -103,7 +107,8 @@ class Encoder(nn.Module):
             embedding: Shape ``[batch, embedding]``; its type is that of all features.
 
         Returns:
-            The latent ``[batch, channels[-1], *latent_shape]`` and the skips of all finer levels, finest first.
+            The latent ``[batch, channels[-1], *latent_shape]`` and the skips of all finer levels; the finest, which is first, has
+            the rim.
         """
         h, skips = self.stem(windows, coordinates, sigma, embedding.dtype), []
         for i, level in enumerate(self.levels):
@@ -111,27 +116,31 @@ class Encoder(nn.Module):
                 h = block(h, embedding)
             if i < len(self.downs):
                 skips.append(h)
-                h = self.downs[i](h)
+                h = self.downs[i](h if i else crop(h, self.rim))
         return h, skips
 
 
 class Decoder(nn.Module):
     """Per level, coarsest first: residual blocks on the merged features, and linear interpolation to the next finer level.
 
+    The finest level has a rim around the patch, as wide as that of the skip: its last convolutions then see on either side of a
+    border what the neighbour sees, in place of zeros.
+
     Arguments:
         ndim: 2 or 3.
         outputs: Channels of the result.
         channels: Channels per level, finest first.
         blocks: Residual blocks per level.
+        rim: Width ρ.
         embedding: Width of the noise embedding.
         wraps: Whether the patch is a grid that closes on itself.
     """
 
     def __init__(
-        self, ndim: int, outputs: int, channels: Sequence[int], blocks: int, embedding: int, wraps: bool = False
+        self, ndim: int, outputs: int, channels: Sequence[int], blocks: int, rim: int, embedding: int, wraps: bool = False
     ) -> None:
         super().__init__()
-        conv, self.wraps = CONV[ndim], wraps
+        conv, self.rim, self.wraps = CONV[ndim], rim, wraps
         pairs = list(pairwise(channels))
         self.ups = nn.ModuleList(conv(coarse, fine, 1) for fine, coarse in pairs)
         self.gains = nn.ModuleList(Gain(2 * fine, embedding) for fine, _ in pairs)
@@ -149,7 +158,7 @@ class Decoder(nn.Module):
             latent: Shape ``[batch, channels[-1], *latent_shape]``, coupled.
             skips: Features of the finer levels, finest first.
             embedding: Shape ``[batch, embedding]``.
-            fine: What the coarse level adds at the finest level, with shape ``[batch, channels[0], *patch_shape]``, if
+            fine: What the coarse level adds at the finest level, with shape ``[batch, channels[0], *(patch_shape + 2 ρ)]``, if
                 anything.
 
         Returns:
@@ -159,12 +168,12 @@ class Decoder(nn.Module):
         for i in reversed(range(len(self.levels))):
             if i < len(self.ups):
                 gain: Any = self.gains[i]
-                h = gain.mix(self.merges[i], [refine(self.ups[i](h), self.wraps), skips[i]], embedding)
+                h = gain.mix(self.merges[i], [refine(self.ups[i](h), self.wraps, 0 if i else self.rim), skips[i]], embedding)
             if i == 0 and fine is not None:
                 h = h + fine
             for block in _modules(self.levels[i]):
                 h = block(h, embedding)
-        return self.out(self.gain(h, embedding))
+        return self.out(self.gain(crop(h, self.rim), embedding))
 
 
 def _modules(level: nn.Module) -> list[nn.Module]:

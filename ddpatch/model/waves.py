@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpatch.model.tokens import interpolation, weighting
+from ddpatch.model.tokens import interpolation, neighbours, weighting
+
+DEGREE = 5  # of the splines of the linear part: what they make of a wave has other waves in it, which lower degrees damp less
 
 
 class Waves(NamedTuple):
@@ -97,8 +99,9 @@ def _noise(kernel: Tensor, angle: Tensor, cell: int) -> Tensor:
 def _spline(angle: Tensor, cell: int) -> tuple[Tensor, Tensor]:
     """What splines make of a wave on the tokens: the amplitude of that wave at the points, and the mean square of all of it."""
     points = torch.arange(cell).to(angle) - (cell - 1) / 2
-    tokens = torch.arange(-1, 2).to(angle) * cell
-    made = torch.exp(1j * angle[:, None] * tokens) @ interpolation(1, cell).to(torch.complex128)
+    ring = neighbours(DEGREE)
+    tokens = torch.arange(-ring, ring + 1).to(angle) * cell
+    made = torch.exp(1j * angle[:, None] * tokens) @ interpolation(1, cell, DEGREE, ring).to(torch.complex128)
     return (made * torch.exp(-1j * angle[:, None] * points)).real.mean(1), made.abs().square().mean(1)
 
 
