@@ -83,7 +83,7 @@ def train(flow: Flow, coupling: str, folder: Path) -> None:
 def train_all(flows: dict[str, Flow], schemes: Sequence[str], folder: Path) -> None:
     """Train the networks of some schemes, a core each."""
     couplings = {SCHEMES[scheme][0] for scheme in schemes}
-    jobs = [(flows[kind], coupling, folder / kind) for coupling in LONGEST if coupling in couplings for kind in reversed(flows)]
+    jobs = [(flows[kind], coupling, folder / kind) for coupling in LONGEST if coupling in couplings for kind in flows]
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda job: train(*job), jobs))
 
