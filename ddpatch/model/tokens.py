@@ -152,7 +152,7 @@ def mean_scale(sigma: Tensor, kernels: Sequence[Tensor]) -> Tensor:
     return ((1 + square) / (1 + square * noise)).sqrt()
 
 
-def bspline(places: Tensor, degree: int) -> Tensor:
+def bspline(distances: Tensor, degree: int) -> Tensor:
     """The B-spline β_n at distances t from its middle, in token spacings, by the recursion of Cox and de Boor:
 
         β_n(t) = [(h + t) β_{n-1}(t + 1/2) + (h - t) β_{n-1}(t - 1/2)] / n,   h = (n + 1) / 2,   β_0 = 1 on [-1/2, 1/2).
@@ -160,10 +160,10 @@ def bspline(places: Tensor, degree: int) -> Tensor:
     It has n - 1 derivatives and vanishes from |t| = h on; with n > 0 linear functions are reproduced.
     """
     if degree == 0:
-        return ((places >= -0.5) & (places < 0.5)).to(places)
+        return ((distances >= -0.5) & (distances < 0.5)).to(distances)
     half = (degree + 1) / 2
-    below, above = bspline(places + 0.5, degree - 1), bspline(places - 0.5, degree - 1)
-    return ((half + places) * below + (half - places) * above) / degree
+    below, above = bspline(distances + 0.5, degree - 1), bspline(distances - 0.5, degree - 1)
+    return ((half + distances) * below + (half - distances) * above) / degree
 
 
 def neighbours(degree: int, rim: int = 0, cell: int = 1) -> int:

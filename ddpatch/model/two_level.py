@@ -112,7 +112,7 @@ class TwoLevelModel(nn.Module):
         self.embed = NoiseEmbedding(embedding)
         rim = min(RIM, max(config.reach - 1, 0)) if len(widths) > 1 else 0
         self.encoder = Encoder(ndim, channels, extra, widths, config.blocks, config.reach, rim, embedding, wraps)
-        self.decoder = Decoder(ndim, channels, widths, config.blocks, 0 if wraps else rim, embedding, wraps)
+        self.decoder = Decoder(ndim, channels, widths, config.blocks, rim, embedding, wraps)
         self.bottleneck = ResidualBlock(ndim, widths[-1], widths[-1], embedding, wraps)
         if paths.coarse:
             self.restriction = Restriction(ndim, widths[-1], config.token_channels, config.tokens, paths.means)

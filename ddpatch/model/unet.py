@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         outputs: Channels of the result.
         channels: Channels per level, finest first.
         blocks: Residual blocks per level.
-        rim: Width ρ.
+        rim: Width ρ of that of the finest skip, unless the patch closes on itself.
         embedding: Width of the noise embedding.
         wraps: Whether the patch is a grid that closes on itself.
     """
@@ -140,7 +140,7 @@ class Decoder(nn.Module):
         self, ndim: int, outputs: int, channels: Sequence[int], blocks: int, rim: int, embedding: int, wraps: bool = False
     ) -> None:
         super().__init__()
-        conv, self.rim, self.wraps = CONV[ndim], rim, wraps
+        conv, self.rim, self.wraps = CONV[ndim], 0 if wraps else rim, wraps
         pairs = list(pairwise(channels))
         self.ups = nn.ModuleList(conv(coarse, fine, 1) for fine, coarse in pairs)
         self.gains = nn.ModuleList(Gain(2 * fine, embedding) for fine, _ in pairs)
