@@ -3,10 +3,9 @@
     python benchmarks/ahead.py reference.h5 ours.h5 theirs.h5 ... --patch 16 16
 
 The lead in a distance d to the reference (ddpatch evaluate) is d(theirs) - d(ours), in units of the noise floor. Its standard
-error is that of a bootstrap: samples are drawn again with replacement, the same numbers of all files, since sample k has the same
-noise in all that have the same patches; so are blocks of neighbouring samples of the reference, which are of one simulation. A
-lead is beyond noise where it is more than two standard errors. One training each: what other seeds of the training would give is
-not in it.
+error is that of a bootstrap: samples are drawn again with replacement, the same numbers of all files, since sample k begins with
+the same noise in all; so are blocks of neighbouring samples of the reference, which are of one simulation. A lead is beyond noise
+where it is more than two standard errors. One training each: what other seeds of the training would give is not in it.
 """
 
 from __future__ import annotations

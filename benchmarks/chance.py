@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ddpatch.calibrate import shell_energies
 from ddpatch.control import Mean, controlled_mean, gaussian_energies
+from ddpatch.decomposition import Decomposition
 from ddpatch.parallel.comm import Communicator
 from ddpatch.sample import Sampler
 
@@ -37,7 +38,8 @@ def measure(kind: str, scheme: str, folder: Path, comm: Communicator) -> dict[st
     sampler = Sampler(folder / SCHEMES[scheme][0], comm)
     energies = shell_energies(samples_of(scheme, folder), sampler.field, comm)
     count, seed = len(energies), sampler.config.train.seed + 1
-    known = gaussian_energies(sampler.field, sampler.decomposition, range(count), seed, energies.shape[1], comm)
+    grid = Decomposition(sampler.decomposition.grid_shape, SMALL[kind].patch, comm.size)  # of the noise, in a full domain too
+    known = gaussian_energies(sampler.field, grid, range(count), seed, energies.shape[1], comm)
     relative = energies / energies.mean(0)
     y, z = relative.mean(1), known.mean(1)
     slope = float(torch.cov(torch.stack([y, z]))[0, 1] / z.var())

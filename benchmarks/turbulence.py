@@ -21,7 +21,7 @@ Figures are distances to an independent reference in units of the noise floor, t
 reference (ddpatch evaluate), and the mean |ln(E_gen / E_ref)| over the resolved shells itself. The seam ratio J is given itself:
 1 is perfect, also where the borders of the reference lie at fixed phases of its force and its own J differs from 1, since
 training shifts the origin at random. Whether halo and tokens together are ahead of another scheme, and by how much more than
-chance, is asked of the samples (ahead.py), which have the same noise in all schemes of the same patches.
+chance, is asked of the samples (ahead.py), which begin with the same noise in all schemes.
 """
 
 from __future__ import annotations

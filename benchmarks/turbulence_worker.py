@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from ddpatch.log import peak_memory
 from ddpatch.model.patches import cut, join
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator
+from ddpatch.random import Stream, patch_noise
+from ddpatch.run import dtype
 from ddpatch.sample import Sampler
 from ddpatch.sample import sample as sample_verb
 
@@ -37,23 +41,29 @@ WAYS = ("moving", "fixed", "lagged", "overlap", GIVEN)
 def work(run: Path, way: str, count: int, samples: Path, reference: Path, patch: tuple[int, ...]) -> None:
     """Draw samples, unless the file is given, compare them, and print what was found and what drawing took. Collective."""
     comm = Communicator()
-    facts: dict[str, Any] = dict.fromkeys(FACTS) if way == GIVEN else draw(run, way, count, samples, comm)
+    facts: dict[str, Any] = dict.fromkeys(FACTS) if way == GIVEN else draw(run, way, count, samples, patch, comm)
     found = compare(samples, reference, patch, comm)
     if comm.rank == 0:
         print(json.dumps({**found, **facts}))
 
 
-def draw(run: Path, way: str, count: int, output: Path, comm: Communicator) -> dict[str, Any]:
+def draw(run: Path, way: str, count: int, output: Path, patch: tuple[int, ...], comm: Communicator) -> dict[str, Any]:
     """Draw samples; returns what it took. Collective.
 
-    Their noise follows the seed of the training, and is not that of its calibration, which is of seed 0.
+    Their noise follows the seed of the training, and is not that of its calibration, which is of seed 0. That of a full domain,
+    which is one patch, is put together from what the patches of the others have: sample k begins alike in all schemes.
     """
     sampler = Sampler(run, comm)
+    whole = sampler.config.model.paths.whole
     scale, seed = 1.0 if way == "overlap" else sampler.noise_scale("dpm++2m", 20), sampler.config.train.seed + 1
     comm.bytes.clear()
     start = time.perf_counter()
     if way == "overlap":
-        draw_overlapping(sampler, count, seed, output)
+        sampler.denoise = averaged(sampler.denoise, sampler.decomposition)  # type: ignore[assignment]
+        draw_alone(sampler, count, seed, 1.0, output)
+    elif whole:
+        sampler.noise = partial(joined_noise, sampler, patch)  # type: ignore[method-assign]
+        draw_alone(sampler, count, seed, scale, output)
     else:
         told = [f"sample.noise_scale={scale}", "sample.lagged=true"] if way == "lagged" else []
         sample_verb(run, output, count, comm, overrides=told, shift=way == "moving", seed=seed, overwrite=True)
@@ -67,17 +77,25 @@ def draw(run: Path, way: str, count: int, output: Path, comm: Communicator) -> d
     }
 
 
-def draw_overlapping(sampler: Sampler, count: int, seed: int, output: Path) -> None:
-    """Sample with windows that overlap by half a patch, on one rank."""
+def draw_alone(sampler: Sampler, count: int, seed: int, scale: float, output: Path) -> None:
+    """Draw samples on one rank, with a sampler that something has been put into."""
     grid = sampler.decomposition
-    sampler.denoise = averaged(sampler.denoise, grid)  # type: ignore[assignment]
-    batch = sampler.config.sample.batch or sampler.config.train.batch
     fields = (
         join(patches, grid)[0].numpy()
-        for first in range(0, count, batch)
-        for patches in sampler.draw(range(first, min(first + batch, count)), seed, "dpm++2m", 20)[:, None].float()
+        for first in range(0, count, sampler.batch)
+        for patches in sampler.draw(range(first, min(first + sampler.batch, count)), seed, "dpm++2m", 20, noise_scale=scale)[
+            :, None
+        ].float()
     )
     write_volume(output, sampler.header(count), fields, overwrite=True)
+
+
+def joined_noise(sampler: Sampler, patch: tuple[int, ...], samples: Sequence[int], seed: int) -> Tensor:
+    """The noise of smaller patches, as that of the one patch of a full domain."""
+    grid = Decomposition(sampler.decomposition.grid_shape, patch, 1)
+    shape = (len(sampler.field.channels), *patch)
+    noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, range(grid.num_patches), dtype(sampler.config))
+    return join(noise, grid)[:, None]
 
 
 def averaged(denoise: Denoise, grid: Decomposition) -> Denoise:

@@ -237,7 +237,7 @@ def _add_calibrate(verbs: Any) -> None:
         "--count",
         type=int,
         default=64,
-        help="samples of the last of three trials; the others have a quarter, or 8 (default %(default)s)",
+        help="samples of the last of three trials; the others have an eighth, or 8 (default %(default)s)",
     )
     verb.add_argument("--solver", help="as in sample")
     verb.add_argument("--steps", type=int, help="as in sample")

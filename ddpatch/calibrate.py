@@ -39,7 +39,7 @@ def calibrate(
 
         m(λ) = mean over shells k of ln(E_λ(k) / E(k)),   m(λ*) = 0,
 
-    with E of the training data, over the resolved shells (a third of the points per axis). A quarter of the samples, 8 or more,
+    with E of the training data, over the resolved shells (a third of the points per axis). An eighth of the samples, 8 or more,
     with the same noise for both, give the slope of m between λ = 1 and 1.05, and a first λ; all of them give m there, and a
     Newton step with that slope the λ that is kept. The data's spectrum is that in the checkpoint: no reference is seen. Of the
     chance in m, what Gaussian fields from the same noise have of it is taken out (:mod:`ddpatch.control`).
@@ -64,7 +64,7 @@ def calibrate(
     settings = sampler.config.sample
     solver, steps = solver or settings.solver, steps or settings.steps
 
-    few = min(count, max(FEWEST, -(-count // 4)))
+    few = min(count, max(FEWEST, -(-count // 8)))
     todo = [steps * -(-samples // sampler.batch) for samples in (few, few, count)]
 
     def energy(trial: int, scale: float) -> Mean:

@@ -136,17 +136,20 @@ class Sampler:
         Returns:
             Shape ``[sample, local patch, channel, *patch_shape]``.
         """
-        shape = (len(self.field.channels), *self.decomposition.patch_shape)
-        noise = patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config))
         sigmas = self.field.schedule.steps(steps)
         denoise = MovingTiling(self.denoise, self.coupling, seed) if shift and self.movable else self.denoise
-        x = noise.to("cpu" if self.config.sample.on_host else self.device).mul_(float(sigmas[0]))
+        x = self.noise(samples, seed).to("cpu" if self.config.sample.on_host else self.device).mul_(float(sigmas[0]))
         for done, state in enumerate(make_solver(solver, denoise, noise_scale).trajectory(x, sigmas), start=1):
             x = state
             progress(done)
         if self.lag is not None:
             self.lag.end()
         return self.field.normalisation.restore(x)
+
+    def noise(self, samples: Sequence[int], seed: int) -> Tensor:
+        """Unit noise on own patches, which samples begin with: shape ``[sample, local patch, channel, *patch_shape]``."""
+        shape = (len(self.field.channels), *self.decomposition.patch_shape)
+        return patch_noise(shape, seed, Stream.SAMPLE, samples, 0, self.coupling.patches, dtype(self.config))
 
     @property
     def batch(self) -> int:

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 from problems import CASES, random_field, smooth_fields
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.coarse import Audience, GeometricAttention, token_places
 from ddpatch.model.convolution import CONV
-from ddpatch.model.layers import Gain, refine
+from ddpatch.model.layers import Gain, ResidualBlock, refine
 from ddpatch.model.patches import cut, join, within
 from ddpatch.model.stencil import StencilConvolution
 from ddpatch.model.tokens import (
@@ -326,3 +326,14 @@ def test_without_blocks_the_fine_level_is_linear() -> None:
     zero = evaluate(model, exchange, torch.zeros_like(a))
     linear = evaluate(model, exchange, a) + 3 * evaluate(model, exchange, b) - 3 * zero
     torch.testing.assert_close(evaluate(model, exchange, a + 3 * b), linear)
+
+
+def test_a_block_that_sheds_a_point_leaves_out_what_padding_would_make_of_it() -> None:
+    """The points inside are the same."""
+    torch.manual_seed(0)
+    padded, shedding = (ResidualBlock(2, 3, 4, 5, shed=shed).double() for shed in (0, 1))
+    for p in padded.parameters():
+        nn.init.normal_(p)
+    shedding.load_state_dict(padded.state_dict())
+    x, embedding = torch.randn(2, 3, 8, 9).double(), torch.randn(2, 5).double()
+    torch.testing.assert_close(shedding(x, embedding), padded(x, embedding)[:, :, 1:-1, 1:-1])

@@ -52,24 +52,26 @@ class ResidualBlock(nn.Module):
         inputs, outputs: Channels.
         embedding: Width of the embedding.
         wraps: Whether the points close on themselves; else there are zeros around them.
+        shed: Points on every side, 0 or 1, that are not wanted of the result: the last convolution does without padding then.
     """
 
-    def __init__(self, ndim: int, inputs: int, outputs: int, embedding: int, wraps: bool = False) -> None:
+    def __init__(self, ndim: int, inputs: int, outputs: int, embedding: int, wraps: bool = False, shed: int = 0) -> None:
         super().__init__()
         conv: Any = CONV[ndim]
         beyond = "circular" if wraps else "zeros"
+        self.shed = shed
         self.norm1, self.norm2 = PointNorm(inputs), PointNorm(outputs)
         self.conv1 = conv(inputs, outputs, 3, padding=1, padding_mode=beyond)
-        self.conv2 = zero(conv(outputs, outputs, 3, padding=1, padding_mode=beyond))
+        self.conv2 = zero(conv(outputs, outputs, 3, padding=1 - shed, padding_mode=beyond))
         self.modulation = Linear(embedding, 2 * outputs)
         self.skip = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map ``[batch, inputs, *points]`` and ``[batch, embedding]`` to ``[batch, outputs, *points]``."""
+        """Map ``[batch, inputs, *points]`` and ``[batch, embedding]`` to ``[batch, outputs, *(points - 2 shed)]``."""
         scale, shift = self.modulation(embedding).view(len(x), 2, -1, *(1,) * (x.ndim - 2)).unbind(1)
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
-        return self.skip(x) + h
+        return self.skip(crop(x, self.shed)) + h
 
 
 class Gain(nn.Module):
@@ -169,7 +171,7 @@ def along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
 
 def crop(x: Tensor, width: int) -> Tensor:
     """Take ``width`` points off every side of ``[batch, channel, *points]``."""
-    return F.pad(x, [-width] * 2 * (x.ndim - 2))  # slices would have gradients with channels first
+    return F.pad(x, [-width] * 2 * (x.ndim - 2)) if width else x  # slices would have gradients with channels first
 
 
 def _halving(cells: int, rim: int) -> Tensor:

@@ -124,7 +124,7 @@ class Decoder(nn.Module):
     """Per level, coarsest first: residual blocks on the merged features, and linear interpolation to the next finer level.
 
     The finest level has a rim around the patch, as wide as that of the skip: its last convolutions then see on either side of a
-    border what the neighbour sees, in place of zeros.
+    border what the neighbour sees, in place of zeros. The very last takes a point of the rim off.
 
     Arguments:
         ndim: 2 or 3.
@@ -145,8 +145,11 @@ class Decoder(nn.Module):
         self.ups = nn.ModuleList(conv(coarse, fine, 1) for fine, coarse in pairs)
         self.gains = nn.ModuleList(Gain(2 * fine, embedding) for fine, _ in pairs)
         self.merges = nn.ModuleList(conv(2 * fine, fine, 1) for fine, _ in pairs)
+        self.shed = min(self.rim, 1)
+        last = {(0, blocks - 1): self.shed}
         self.levels = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(ndim, width, width, embedding, wraps) for _ in range(blocks)) for width in channels
+            nn.ModuleList(ResidualBlock(ndim, width, width, embedding, wraps, last.get((i, j), 0)) for j in range(blocks))
+            for i, width in enumerate(channels)
         )
         self.gain = Gain(channels[0], embedding)
         self.out = zero(conv(channels[0], outputs, 1))
@@ -173,7 +176,7 @@ class Decoder(nn.Module):
                 h = h + fine
             for block in _modules(self.levels[i]):
                 h = block(h, embedding)
-        return self.out(self.gain(crop(h, self.rim), embedding))
+        return self.out(self.gain(crop(h, self.rim - self.shed), embedding))
 
 
 def _modules(level: nn.Module) -> list[nn.Module]:
