@@ -33,7 +33,6 @@ from ddpatch.config import ModelConfig
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator, guard
-from ddpatch.sample import MovingTiling
 from ddpatch.training import Training
 
 POINTS = {"strong": 128, "weak": 96}  # per axis: of the grid, or of every rank's box
@@ -89,11 +88,10 @@ def measure_sampling(training: Training, steps: int) -> Row:
     grid, comm = training.decomposition, training.comm
     patches, folder = noise_patches(grid, comm), Path(training.config.data.path).parent
     x, sigma = patches[None].to(training.device), torch.ones(1, dtype=torch.float64, device=training.device)
-    denoise = MovingTiling(training.denoiser, training.coupling, seed=0)
 
     @torch.no_grad()
     def evaluate() -> float:
-        return float(denoise(x, sigma).sum())  # a number, for which one has to wait
+        return float(training.denoiser(x, sigma).sum())  # a number, for which one has to wait
 
     row, evaluations = measure(evaluate, training, steps), training.config.sample.steps
     row["io"] = measure(lambda: write(folder / "sample.h5", patches, grid, comm), training, steps)["total"] / evaluations

@@ -17,7 +17,7 @@ BAR = 0.95
 ABOUT = """\
 Seconds of the slowest rank, medians over the steps, then over the rounds; every column has its own slowest rank. coarse: the
 transformer over all tokens, which is sharded from 1024 tokens on, and repeated by every rank below, as the optimiser always is.
-halo: exchange of halos, and of the moving tiling. gather: of tokens, and its adjoint. sums: of gradients, loss and flags, as
+halo: exchange of halos. gather: of tokens, and its adjoint. sums: of gradients, loss and flags, as
 far as the backward pass does not hide them. These three with waiting. I/O: reading the batch; for an evaluation its share of
 writing a sample. compute: what is left. page faults: in a step; a thousand are 4 MB that the C library had not kept from
 earlier steps. Several jobs run side by side, without knowing of each other, each on a grid of its own."""
