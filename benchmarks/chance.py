@@ -30,7 +30,7 @@ from ddpatch.sample import Sampler
 
 BLOCK = 16
 LARGEST = 3  # shells
-CALIBRATED = ("full domain", "halo", "tokens", "halo and tokens")
+CALIBRATED = ("full-domain U-Net", "halo", "tokens", "halo and tokens")
 
 
 def measure(kind: str, scheme: str, folder: Path, comm: Communicator) -> dict[str, Any]:

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 SCHEMES = {  # name: (coupling of the network, how it is sampled)
-    "full domain": ("full-domain", "fixed"),
+    "full-domain U-Net": ("u-net", "fixed"),
     "independent patches": ("none", "fixed"),
     "overlapping windows": ("none", "overlap"),
     "moving tiling": ("none", "moving"),
     "halo": ("halo", "fixed"),
     "tokens": ("tokens", "fixed"),
     "halo and tokens": ("two-level", "fixed"),
+    "full domain, same network": ("full-domain", "fixed"),
     "halo, moving tiling": ("halo", "moving"),
     "tokens, moving tiling": ("tokens", "moving"),
     "halo and tokens, moving tiling": ("two-level", "moving"),

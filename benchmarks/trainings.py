@@ -3,8 +3,8 @@
     python benchmarks/trainings.py --seeds 0 1 2 3 4
     python benchmarks/trainings.py --seeds 0 1 2 3 4 --moving     # tiling, in both
 
-Trains, draws and compares as turbulence.py does, for every seed, with the scheme that is nearest and with the full domain;
-resumes where it was. Seeds differ in initial weights, order and noise of the training, and noise of the samples; data and
+Trains, draws and compares as turbulence.py does, for every seed, with the scheme that is nearest and with our network on the full
+domain; resumes where it was. Seeds differ in initial weights, order and noise of the training, and noise of the samples; data and
 reference are the same. The report has the leads of every training (ahead.py), their mean, and half of its 95 % confidence
 interval (Student's t, of the trainings): what is ahead by more than that is so whatever one training finds by chance. The same of
 the ratio of the spectrum error to that of the full domain.
@@ -25,9 +25,9 @@ from flows import SMALL
 from hardware import describe
 from reports import command, met, stem, table, write_rows
 from turbulence import draw_all, prepare, told, train_all
-from turbulence_page import DISTANCES, MOVING, OURS, WHOLE, ahead
+from turbulence_page import DISTANCES, MOVING, OURS, WHOLES, ahead
 
-OTHER = "tokens"  # the scheme that is nearest
+OTHER, SAME = "tokens", WHOLES[1]  # the scheme that is nearest, and our network on the full domain
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # two-sided, 95 %, by degrees of freedom
 Row = dict[str, Any]
 
@@ -37,8 +37,8 @@ def measure(kind: str, seed: int, folder: Path, tiling: str) -> Row:
     mine, other = OURS + tiling, OTHER + tiling
     flow, place = told(SMALL[kind], seed, None), folder / ("small" + f"-seed{seed}" * bool(seed))
     prepare(flow, place / kind, place / kind)
-    train_all({kind: flow}, (mine, other, WHOLE), place)
-    _, ours, _, whole = draw_all(flow, (mine, other, WHOLE), place / kind, place / kind)
+    train_all({kind: flow}, (mine, other, SAME), place)
+    _, ours, _, whole = draw_all(flow, (mine, other, SAME), place / kind, place / kind)
     leads = {key: lead for _, key, *lead in ahead(flow, mine, (other,), place / kind)}
     found = {f"{key}{part}": value for key, lead in leads.items() for part, value in zip(("", "_error"), lead, strict=True)}
     errors = {"mean_abs_ln": ours["spectrum_error"], "mean_abs_ln_whole": whole["spectrum_error"]}

@@ -1,19 +1,20 @@
 """Couplings on turbulence: equal parameters, equal training, side by side.
 
     python benchmarks/turbulence.py              # small: half an hour on two cores; resumes where it was
-    python benchmarks/turbulence.py --more       # with moving tilings and lagged tokens
+    python benchmarks/turbulence.py --more       # with our network on the full domain, moving tilings and lagged tokens
     python benchmarks/turbulence.py --full       # for a GPU: larger fields, wider networks, longer training
     python benchmarks/turbulence.py --seed 1 --flows kolmogorov --schemes tokens "halo and tokens"    # another training of some
     python benchmarks/turbulence.py --samples 256 --flows isotropic     # the same networks, told apart by more samples
 
-Two flows: two-dimensional Kolmogorov flow on 16 patches, forced isotropic turbulence on 8 patches. Schemes: one U-Net on the
-whole domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); independent
+Two flows: two-dimensional Kolmogorov flow on 16 patches, forced isotropic turbulence on 8 patches. Schemes: one U-Net on the full
+domain; independent patches; overlapping windows whose predictions are averaged at every step (MultiDiffusion); independent
 patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. MultiDiffusion and PaDIS sample with the network
-of the independent patches. Where patches are coupled the tiling stands still, as it does by default. And, with --more: "moving
+of the independent patches. Where patches are coupled the tiling stands still, as it does by default. And, with --more: "full
+domain, same network" is that of halo and tokens with the grid for a patch, as it would be if nothing had to be cut; "moving
 tiling" is of coupled patches too, and "lagged" has a coarse level that speaks of the evaluation before, both at the level scale
 found without. Of overlapping windows, which cost most and show most, an eighth as many samples are drawn. Where there is no
-transformer the coarsest level is wider for it. Every network but that of independent patches is calibrated (ddpatch calibrate)
-on the training data, with other noise than the samples have; there, and where no level scale mends the energy, it is 1.
+transformer the coarsest level is wider for it. Every network but that of independent patches is calibrated (ddpatch calibrate) on
+the training data, with other noise than the samples have; there, and where no level scale mends the energy, it is 1.
 "ln E, λ = 1" is the mean over the resolved shells of ln(E_gen / E_data) before that.
 The first row is that of the training data themselves: what no sampler can be expected to beat.
 
@@ -47,7 +48,14 @@ from turbulence_page import GIVEN, report
 from ddpatch.calibration import CALIBRATION
 from ddpatch.couplings import COUPLINGS
 
-LONGEST = ("full-domain", "two-level", "halo", "tokens", "none")  # to train: first, so that no core waits for the last ones
+LONGEST = (
+    "full-domain",
+    "u-net",
+    "two-level",
+    "halo",
+    "tokens",
+    "none",
+)  # to train: first, so that no core waits for the last ones
 UNCALIBRATED = "none"  # patches that show have an energy that no level scale mends
 WORKERS = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))  # trainings at a time, and ranks of a sampling
 
@@ -94,7 +102,7 @@ def measure(flow: Flow, scheme: str, folder: Path, drawn: Path) -> dict[str, Any
     samples = samples_of(scheme, drawn)
     kept = samples.with_suffix(".json")
     if not kept.exists():
-        ranks = WORKERS if way != "overlap" and coupling != "full-domain" else 1
+        ranks = WORKERS if way != "overlap" and not COUPLINGS[coupling].whole else 1
         found = start_worker(flow, ranks, folder / coupling, way, samples, drawn)
         kept.write_text(json.dumps({"flow": flow.kind, "scheme": scheme, **found}))
     return dict(json.loads(kept.read_text()))

@@ -15,7 +15,7 @@ class Pathways:
         means: Tokens carry block means of the field besides latent features.
         fine: The coarse level enters the finest decoder stage besides the bottleneck.
         alone: Every patch is a field of its own: the same network, beyond the patch there is nothing.
-        whole: The patch is the whole grid, and the convolutions close on themselves.
+        whole: The patch is the whole grid, and the convolutions close on themselves: with tokens, or, as a U-Net, without.
     """
 
     halo: bool = True
@@ -35,4 +35,5 @@ COUPLINGS = {
     "halo": Pathways(coarse=None, means=False, fine=False),
     "tokens": Pathways(halo=False),
     "full-domain": Pathways(whole=True),
+    "u-net": Pathways(coarse=None, means=False, fine=False, whole=True),
 }

@@ -115,9 +115,8 @@ def _model_of_whole(config: Config, grid: Sequence[int]) -> ModelConfig:
     model, axes = config.model, list(zip(grid, config.domain.patch, strict=True))
     counts = {(model.tokens * n // p, model.coarse_keys and model.coarse_keys * n // p) for n, p in axes}
     if len(counts) > 1:
-        raise UserError(
-            f"model.coupling: full-domain needs as many patches on every axis, got {list(config.domain.patch)} in {list(grid)}"
-        )
+        found = f"{list(config.domain.patch)} in {list(grid)}"
+        raise UserError(f"model.coupling: {model.coupling} needs as many patches on every axis, got {found}")
     tokens, keys = counts.pop()
     return dataclasses.replace(model, tokens=tokens, coarse_keys=keys)
 

@@ -95,9 +95,8 @@ class Sampler:
         if grid is not None and len(grid) != len(self.config.domain.patch):
             raise UserError(f"--grid {' '.join(map(str, grid))}: the run has {len(self.config.domain.patch)} axes")
         if grid is not None and self.config.model.paths.whole and tuple(grid) != self.config.domain.patch:
-            raise UserError(
-                f"--grid {' '.join(map(str, grid))}: a full-domain model has the grid {list(self.config.domain.patch)}"
-            )
+            coupling, only = self.config.model.coupling, list(self.config.domain.patch)
+            raise UserError(f"--grid {' '.join(map(str, grid))}: a {coupling} model has the grid {only}")
         self.decomposition = decompose(self.config, comm.size, grid)
         if not any(override.startswith("execution.") for override in overrides):
             self.config = fit_groups(self.config, self.decomposition)

@@ -63,7 +63,7 @@ def test_a_patch_is_told_of(coupling: str, reach: set[int], tmp_path: Path) -> N
 
 
 def test_every_coupling_is_tried_here() -> None:
-    assert set(REACH) | {"full-domain"} == set(COUPLINGS)
+    assert set(REACH) | {"full-domain", "u-net"} == set(COUPLINGS)
 
 
 def test_the_control_has_the_same_network(tmp_path: Path) -> None:
@@ -73,9 +73,10 @@ def test_the_control_has_the_same_network(tmp_path: Path) -> None:
     assert parameters(path, "full-domain") == parameters(path, "two-level")
 
 
-def test_the_full_domain_is_one_patch_without_an_edge(tmp_path: Path) -> None:
+@pytest.mark.parametrize("coupling", ["full-domain", "u-net"])
+def test_the_full_domain_is_one_patch_without_an_edge(coupling: str, tmp_path: Path) -> None:
     path = write_fields(tmp_path / "data.h5", grid=(24, 24))
-    config, field = resolved(path, "full-domain")
+    config, field = resolved(path, coupling)
     assert config.domain.patch == (24, 24)
     assert config.model.tokens == 12
     model, decomposition = make_model(config, field), decompose(config, 1)

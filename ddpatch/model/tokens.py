@@ -232,6 +232,8 @@ def mean_blocks(tokens: Tensor, q: int, keys: int, ndim: int) -> Tensor:
         Shape ``[sample, patch * keys^d, feature]``.
     """
     m, each = keys, q // keys
+    if each == 1:
+        return tokens
     if ndim == 2:
         return reduce(tokens, "b (p y j x i) c -> b (p y x) c", "mean", y=m, x=m, j=each, i=each)
     return reduce(tokens, "b (p z k y j x i) c -> b (p z y x) c", "mean", z=m, y=m, x=m, k=each, j=each, i=each)
@@ -269,7 +271,19 @@ def check_tokens(patch_shape: Sequence[int], q: int, levels: int) -> None:
 
 
 def _pool(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Block means, or repetition where ``shape`` is finer."""
-    if len(shape) == 2:
-        return F.adaptive_avg_pool2d(x, (shape[0], shape[1]))
-    return F.adaptive_avg_pool3d(x, (shape[0], shape[1], shape[2]))
+    """Means over blocks of ``[batch, channel, *points]``, or repetition where ``shape`` is finer; channels last in memory."""
+    x = x.movedim(1, -1)
+    for axis, n in enumerate(shape, start=1):
+        if x.shape[axis] != n:
+            x = along(x, axis, pooling(x.shape[axis], n))
+    return x.movedim(-1, 1)
+
+
+@cache
+def pooling(points: int, blocks: int) -> Tensor:
+    """Means over the points that meet each of equal blocks, along one axis: weights with shape ``[points, blocks]``."""
+    matrix = torch.zeros(points, blocks, dtype=torch.float64)
+    for j in range(blocks):
+        first, last = j * points // blocks, -(-(j + 1) * points // blocks)
+        matrix[first:last, j] = 1 / (last - first)
+    return matrix
