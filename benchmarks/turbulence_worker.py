@@ -79,14 +79,10 @@ def draw(run: Path, way: str, count: int, output: Path, patch: tuple[int, ...], 
 
 def draw_alone(sampler: Sampler, count: int, seed: int, scale: float, output: Path) -> None:
     """Draw samples on one rank, with a sampler that something has been put into."""
-    grid = sampler.decomposition
-    fields = (
-        join(patches, grid)[0].numpy()
-        for first in range(0, count, sampler.batch)
-        for patches in sampler.draw(range(first, min(first + sampler.batch, count)), seed, "dpm++2m", 20, noise_scale=scale)[
-            :, None
-        ].float()
-    )
+    starts = range(0, count, sampler.batch)
+    batches = (range(first, min(first + sampler.batch, count)) for first in starts)
+    drawn = (patches for batch in batches for patches in sampler.draw(batch, seed, "dpm++2m", 20, noise_scale=scale))
+    fields = (join(patches[None].float(), sampler.decomposition)[0].numpy() for patches in drawn)
     write_volume(output, sampler.header(count), fields, overwrite=True)
 
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from problems import CASES, random_field, smooth_fields
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from ddpatch.model.tokens import (
     interpolation,
     mean_blocks,
     neighbours,
+    pool,
     splines,
     to_canvas,
     weighting,
@@ -337,3 +339,10 @@ def test_a_block_that_sheds_a_point_leaves_out_what_padding_would_make_of_it() -
     shedding.load_state_dict(padded.state_dict())
     x, embedding = torch.randn(2, 3, 8, 9).double(), torch.randn(2, 5).double()
     torch.testing.assert_close(shedding(x, embedding), padded(x, embedding)[:, :, 1:-1, 1:-1])
+
+
+@pytest.mark.parametrize(("points", "blocks"), [(8, 4), (4, 8), (3, 4), (6, 4), (4, 4)])
+def test_pooling_is_that_of_torch(points: int, blocks: int) -> None:
+    """Means over blocks, repetition, and whatever lies between."""
+    x = torch.randn(2, 3, points, points, dtype=torch.float64)
+    torch.testing.assert_close(pool(x, (blocks, blocks)), F.adaptive_avg_pool2d(x, (blocks, blocks)))

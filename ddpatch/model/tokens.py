@@ -55,7 +55,7 @@ class Restriction(nn.Module):
         Returns:
             Shape ``[sample, patch, q^d, features + channel]``.
         """
-        features = _pool(self.compress(latent), self.shape).unflatten(0, windows.shape[:2])
+        features = pool(self.compress(latent), self.shape).unflatten(0, windows.shape[:2])
         if not self.means:
             return features.flatten(3).transpose(2, 3)
         means, cells = windows, []
@@ -83,7 +83,7 @@ class Prolongation(nn.Module):
 
     def latent(self, own: Tensor, shape: Sequence[int]) -> Tensor:
         """Map own tokens ``[batch, q, (q,) q, width]`` to ``[batch, latent, *shape]``."""
-        return _pool(self.to_latent(own).movedim(-1, 1), shape)
+        return pool(self.to_latent(own).movedim(-1, 1), shape)
 
     def fine(self, canvas: Tensor) -> Tensor | None:
         """Map all tokens in place ``[sample, *token_grid, width]`` to spline coefficients ``[sample, *token_grid, fine]``.
@@ -270,8 +270,16 @@ def check_tokens(patch_shape: Sequence[int], q: int, levels: int) -> None:
             raise UserError(f"model.channels: {levels} levels need a domain.patch divisible by {least}, got {list(patch_shape)}")
 
 
-def _pool(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Means over blocks of ``[batch, channel, *points]``, or repetition where ``shape`` is finer; channels last in memory."""
+def pool(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Means over equal blocks, or repetition where these are more than the points.
+
+    Arguments:
+        x: Shape ``[batch, channel, *points]``.
+        shape: Blocks per axis.
+
+    Returns:
+        Shape ``[batch, channel, *shape]``, channels last in memory.
+    """
     x = x.movedim(1, -1)
     for axis, n in enumerate(shape, start=1):
         if x.shape[axis] != n:
