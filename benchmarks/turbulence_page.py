@@ -15,7 +15,8 @@ from reports import command, met, table
 
 GIVEN = "given"  # of samples: not drawn, but data
 OURS = "halo and tokens"
-WHOLES = ("full-domain U-Net", "full domain, same network")
+SAME = "full domain, same network"
+WHOLES = ("full-domain U-Net", SAME)
 COUPLED = ("halo", "tokens")
 OTHERS = ("independent patches", *COUPLED)  # that it has to be ahead of
 MOVING = ", moving tiling"

@@ -60,9 +60,9 @@ def draw(run: Path, way: str, count: int, output: Path, patch: tuple[int, ...], 
     start = time.perf_counter()
     if way == "overlap":
         sampler.denoise = averaged(sampler.denoise, sampler.decomposition)  # type: ignore[assignment]
-        draw_alone(sampler, count, seed, 1.0, output)
-    elif whole:
+    if whole:
         sampler.noise = partial(joined_noise, sampler, patch)  # type: ignore[method-assign]
+    if whole or way == "overlap":
         draw_alone(sampler, count, seed, scale, output)
     else:
         told = [f"sample.noise_scale={scale}", "sample.lagged=true"] if way == "lagged" else []

@@ -232,8 +232,6 @@ def mean_blocks(tokens: Tensor, q: int, keys: int, ndim: int) -> Tensor:
         Shape ``[sample, patch * keys^d, feature]``.
     """
     m, each = keys, q // keys
-    if each == 1:
-        return tokens
     if ndim == 2:
         return reduce(tokens, "b (p y j x i) c -> b (p y x) c", "mean", y=m, x=m, j=each, i=each)
     return reduce(tokens, "b (p z k y j x i) c -> b (p z y x) c", "mean", z=m, y=m, x=m, k=each, j=each, i=each)

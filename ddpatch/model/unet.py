@@ -146,9 +146,11 @@ class Decoder(nn.Module):
         self.gains = nn.ModuleList(Gain(2 * fine, embedding) for fine, _ in pairs)
         self.merges = nn.ModuleList(conv(2 * fine, fine, 1) for fine, _ in pairs)
         self.shed = min(self.rim, 1)
-        last = {(0, blocks - 1): self.shed}
         self.levels = nn.ModuleList(
-            nn.ModuleList(ResidualBlock(ndim, width, width, embedding, wraps, last.get((i, j), 0)) for j in range(blocks))
+            nn.ModuleList(
+                ResidualBlock(ndim, width, width, embedding, wraps, self.shed * ((i, j) == (0, blocks - 1)))
+                for j in range(blocks)
+            )
             for i, width in enumerate(channels)
         )
         self.gain = Gain(channels[0], embedding)
