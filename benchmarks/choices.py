@@ -1,11 +1,13 @@
-"""What two choices of execution are worth on a processor: keeping freed memory, and convolving one small patch in halves.
+"""What choices of execution are worth on a processor: freed memory that is kept, one small patch in halves, fewer passes.
 
-    python benchmarks/choices.py                # three minutes; needs a core to itself
+    python benchmarks/choices.py                # four minutes; needs a core to itself
     python benchmarks/choices.py --grid 128
 
 Training steps with all patches of 32³ together and one at a time, as they are, and with an environment that tells the C library
 something without effect (``MALLOC_PERTURB_=0``), so that it is left as it is (ddpatch/execution.py). Then forward and backward
-passes of one convolution, whole and in halves (ddpatch/model/convolution.py). One core. The report goes to benchmarks/results/.
+passes of one convolution, whole and in halves (ddpatch/model/convolution.py); of what merges levels and of a norm that takes over
+scale and shift, each beside the same operation by operation (ddpatch/model/interpolation.py, layers.py); and of the product along
+an axis that merging ends with, all parts together and one by one. One core. The report goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from datetime import date
 from typing import Any
 
@@ -27,11 +30,15 @@ from step import Run, measure
 from torch import Tensor
 
 from ddpatch.execution import keep_freed_memory
-from ddpatch.model.convolution import convolve
+from ddpatch.model.convolution import CONV, convolve
+from ddpatch.model.interpolation import Interpolation, doubled, map_rows, merge
+from ddpatch.model.layers import Gain, normalise
+from ddpatch.model.tokens import neighbours, spline_weights
 from ddpatch.parallel.comm import Communicator
 
 LEFT_ALONE = {"MALLOC_PERTURB_": "0"}
 PATCH, STEPS = 32, 2
+PATCHES, WIDTH, TOKENS, RING = 8, 32, 4, neighbours(2, 1, PATCH // 4)  # of the merge, which is that of a step at 64³
 CONVOLUTIONS = ((32, 18), (32, 10), (64, 10), (128, 10))  # channels, points per axis with the frame
 
 
@@ -41,25 +48,90 @@ def time_steps(at_once: int | None, grid: int) -> tuple[float, float]:
     return found["seconds"], found["memory"]
 
 
-def time_convolution(channels: int, points: int, times: int = 15) -> tuple[float, float]:
+def time_convolution(channels: int, points: int) -> tuple[float, float]:
     """Milliseconds of one forward and backward pass, whole and in halves."""
-    torch.set_num_threads(1)
-    keep_freed_memory(torch.device("cpu"))
     shapes = (1, channels, *(points,) * 3), (channels, channels, 3, 3, 3), (channels,)
     x, weight, bias = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    return compare([lambda: F.conv3d(x, weight, bias), lambda: convolve(x, weight, bias)], [x, weight, bias])
 
-    def once(y: Tensor) -> None:
-        torch.autograd.grad(y.sum(), (x, weight, bias))
 
-    found = []
-    for way in (F.conv3d, convolve):
-        seconds = []
-        for _ in range(times):
+def time_merge(channels: int = WIDTH) -> tuple[float, float]:
+    """Milliseconds of the finest merge of 8 patches, operation by operation and as it is: forward and backward passes."""
+    gain, conv, embedding = Gain(2 * channels, channels), CONV[3](2 * channels, channels, 1), torch.randn(1, channels)
+    inputs = [features(PATCH // 2, channels), features(PATCH + 2, channels), features(TOKENS + 2 * RING, channels)]
+    coarse, skip, tokens = inputs
+    cell = PATCH // TOKENS
+
+    def splines() -> Interpolation:
+        return Interpolation(tokens.movedim(1, -1), [spline_weights(TOKENS, cell, 2, RING, 1)] * 3)
+
+    def step_by_step() -> Tensor:
+        wide = torch.cat([doubled(coarse, rim=1).points(), skip], dim=1)
+        return conv(gain(wide, embedding.expand(PATCHES, -1))) + splines().points()
+
+    def as_it_is() -> Tensor:
+        to_coarse, to_skip = gain.scaled(conv, embedding).chunk(2, dim=2)
+        assert conv.bias is not None
+        return merge(skip, to_skip, conv.bias, [doubled(map_rows(coarse, to_coarse), rim=1), splines()])
+
+    return compare([step_by_step, as_it_is], [*inputs, *gain.parameters(), *conv.parameters()])
+
+
+def time_norm(channels: int = WIDTH) -> tuple[float, float]:
+    """Milliseconds of a norm of 8 patches, scaled and shifted afterwards and as it is: forward and backward passes."""
+    x = features(PATCH + 2, channels).movedim(1, -1)
+    gain, bias, *modulation = (
+        torch.randn(shape, requires_grad=True) for shape in ((channels,), (channels,), (1, channels), (1, channels))
+    )
+    scale, shift = modulation
+    ways = [lambda: normalise(x, gain, bias) * scale + shift, lambda: normalise(x, gain, bias, scale, shift)]
+    return compare(ways, [x, gain, bias, scale, shift])
+
+
+def time_products(channels: int = WIDTH) -> tuple[float, float]:
+    """Milliseconds of the products along the first axis, of all parts together and one by one."""
+    rows, points = (PATCH // 2, TOKENS + 2 * RING), PATCH + 2
+    cells, total = (
+        [torch.randn(PATCHES, n, points**2 * channels) for n in rows],
+        torch.zeros(PATCHES, points, points**2 * channels),
+    )
+    matrices, together = [torch.randn(n, points) for n in rows], torch.cat(cells, dim=1)
+    matrix = torch.cat(matrices).T.expand(PATCHES, -1, -1)
+
+    def one_by_one() -> Tensor:
+        for part, m in zip(cells, matrices, strict=True):
+            total.baddbmm_(m.T.expand(PATCHES, -1, -1), part)
+        return total
+
+    return compare([lambda: total.baddbmm_(matrix, together), one_by_one], [])
+
+
+def features(points: int, channels: int) -> Tensor:
+    """Features of 8 patches, channels last in memory."""
+    return torch.randn(PATCHES, *(points,) * 3, channels).movedim(-1, 1).requires_grad_()
+
+
+def compare(ways: Sequence[Callable[[], Tensor]], inputs: list[Tensor], times: int = 15) -> tuple[float, float]:
+    """Milliseconds of two ways, and of their gradients with respect to the inputs, if any."""
+    torch.set_num_threads(1)
+    keep_freed_memory(torch.device("cpu"))
+    seconds: list[list[float]] = [[], []]
+    for _ in range(times):
+        for taken, way in zip(seconds, ways, strict=True):
             start = time.perf_counter()
-            once(way(x, weight, bias))
-            seconds.append(time.perf_counter() - start)
-        found.append(1e3 * statistics.median(seconds[times // 3 :]))
-    return found[0], found[1]
+            y = way()
+            if inputs:
+                torch.autograd.grad(y, inputs, torch.ones_like(y))
+            taken.append(time.perf_counter() - start)
+    first, second = (1e3 * statistics.median(each[times // 3 :]) for each in seconds)
+    return first, second
+
+
+SMALL: dict[str, Callable[[], tuple[float, float]]] = {
+    "finest merge: operation by operation; as it is": time_merge,
+    "norm with scale and shift: one after the other; as it is": time_norm,
+    "products along the first axis: all parts together; one by one, as it is": time_products,
+}
 
 
 def main() -> None:
@@ -70,7 +142,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         what = json.loads(args.worker)
-        print(json.dumps(time_convolution(*what) if isinstance(what, list) else time_steps(what, args.grid)))
+        ways = SMALL[what] if isinstance(what, str) else None
+        found = ways() if ways else time_convolution(*what) if isinstance(what, list) else time_steps(what, args.grid)
+        print(json.dumps(found))
         return
 
     def run(what: object) -> tuple[float, float]:
@@ -91,6 +165,7 @@ def main() -> None:
         )
         print(steps[-1], flush=True)
     convolutions = [(channels, points, *run([channels, points])) for channels, points in CONVOLUTIONS]
+    small = [(name, *run(name)) for name in SMALL]
     write_rows(path.with_suffix(".csv"), steps)
     lines = [
         f"# Choices of execution, {date.today()}",
@@ -118,6 +193,9 @@ def main() -> None:
             ("channels", "points with the frame", "ms whole", "ms in halves"),
             [(c, f"{n}³", f"{whole:.2f}", f"{halves:.2f}") for c, n, whole, halves in convolutions],
         ),
+        f"{PATCHES} patches of {PATCH}³ with a rim, {WIDTH} channels, {TOKENS}³ tokens; forward and backward, but for products:",
+        "",
+        *table(("what, two ways", "ms, the first", "ms, the second"), [(name, f"{a:.1f}", f"{b:.1f}") for name, a, b in small]),
     ]
     path.with_suffix(".md").write_text("\n".join(lines))
     print(*lines, sep="\n")

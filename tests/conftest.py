@@ -7,9 +7,11 @@ agree on the outcome of every phase of a test before they go on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -57,6 +59,9 @@ def shared_data() -> Path:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Start MPI, under ``--with-mpi`` only, and let rank 0 alone print the report."""
+    limit = float(config.getini("faulthandler_timeout"))
+    if limit > 0:
+        config.pluginmanager.register(Overdue(0.75 * limit), "overdue")
     if not _with_mpi(config):
         return
     verdict = Verdict(LIMIT_SECONDS, config.pluginmanager.getplugin("capturemanager"))
@@ -164,6 +169,50 @@ class Verdict:
         os.write(2, f"\nrank {self.rank} of {self.size} failed:\n{text}\n".encode())
         self._comm.Abort(1)
         raise AssertionError("MPI_Abort returned")
+
+
+class Overdue:
+    """A pytest plugin that says, shortly before a test's time is up, what the threads of this process do: stacks of Python do not
+    tell whether native code waits, turns in circles, or is given no processor.
+
+    Arguments:
+        seconds: After which a test is overdue.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Watch one test."""
+        timer = threading.Timer(self._seconds, self._describe, [item.nodeid])
+        timer.daemon = True
+        timer.start()
+        try:
+            return (yield)
+        finally:
+            timer.cancel()
+
+    def _describe(self, name: str) -> None:
+        before = _threads()
+        time.sleep(1)
+        lines = [
+            f"process {os.getpid()}: {name} still runs after {self._seconds:g} s; state, ticks in a second, processor, wait:"
+        ]
+        for thread, (words, ticks) in _threads().items():
+            lines.append(f"    {thread}: {words.format(ticks - before.get(thread, ('', 0))[1])}")
+        os.write(2, "\n".join(["", *lines, ""]).encode())
+
+
+def _threads() -> dict[str, tuple[str, int]]:
+    """What Linux says of the threads of this process, and the ticks of processor time that they have had."""
+    found = {}
+    for task in sorted(Path("/proc/self/task").glob("*")):
+        with contextlib.suppress(OSError):  # the thread is gone
+            called, _, rest = (task / "stat").read_text().partition(" (")[2].rpartition(") ")
+            fields, waits = rest.split(), (task / "wchan").read_text()
+            found[f"{task.name} {called}"] = f"{fields[0]}, {{}}, {fields[36]}, {waits}", int(fields[11]) + int(fields[12])
+    return found
 
 
 def _with_mpi(config: pytest.Config) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,11 +25,11 @@ def mpiexec() -> str:
     return found
 
 
-def run_suite(folder: Path, body: str, ranks: int = 2, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_suite(folder: Path, body: str, ranks: int = 2, options: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a suite of one marked test, with this conftest, on several ranks; without mpiexec for ``ranks=0``."""
     shutil.copy(CONFTEST, folder)
     (folder / "test_suite.py").write_text(HEADER + body)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = mpi(min_size)\n")
+    (folder / "pytest.ini").write_text(f"[pytest]\nmarkers = mpi(min_size)\n{options}")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(LAUNCHED)}
     paths = [str(CONFTEST.parents[1]), environment.get("PYTHONPATH", "")]
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1", **variables}
@@ -85,3 +86,13 @@ def test_too_few_ranks_fail_on_the_last_leg(tmp_path: Path) -> None:
     run = run_suite(tmp_path, "def test_one():\n    pass\n", ranks=1, DDPATCH_CI="1")
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "1 ranks are too few for test_suite.py::test_one" in run.stdout
+
+
+def test_an_overdue_test_says_what_its_threads_do(tmp_path: Path) -> None:
+    """One rank turns in circles, the other one waits for it."""
+    body = "def test_one(comm):\n    while comm.rank == 0:\n        pass\n    comm.barrier()\n"
+    limit = "faulthandler_timeout = 5\nfaulthandler_exit_on_timeout = true\n"
+    run = run_suite(tmp_path, body, options=limit, MPIR_CVAR_CH4_PROGRESS_THROTTLE="1")
+    assert run.returncode != 0
+    assert run.stderr.count("test_suite.py::test_one still runs after 3.75 s") == 2
+    assert re.search(r"\d+ python\S*: [RS], \d+, \d+, ", run.stderr)

@@ -13,7 +13,8 @@ from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.coarse import Audience, GeometricAttention, token_places
 from ddpatch.model.convolution import CONV
-from ddpatch.model.layers import Gain, ResidualBlock, refine
+from ddpatch.model.interpolation import doubled, map_rows, merge
+from ddpatch.model.layers import Gain, PointNorm, ResidualBlock
 from ddpatch.model.patches import cut, join, within
 from ddpatch.model.stencil import StencilConvolution
 from ddpatch.model.tokens import (
@@ -22,10 +23,10 @@ from ddpatch.model.tokens import (
     bspline,
     check_tokens,
     from_canvas,
-    interpolation,
     mean_blocks,
     neighbours,
     pool,
+    spline_weights,
     splines,
     to_canvas,
     weighting,
@@ -204,6 +205,11 @@ def test_means_of_tokens_are_those_of_blocks_in_place(patch_grid: tuple[int, ...
     torch.testing.assert_close(found, from_canvas(blocks, patch_grid, keys).flatten(1, 2))
 
 
+def spread(canvas: Tensor, decomposition: Decomposition, degree: int = 2, rim: int = 0) -> Tensor:
+    """Splines on all patches, ``[sample, patch, channel, *points]``."""
+    return splines(canvas, decomposition, range(decomposition.num_patches), degree, rim).points().unflatten(0, (len(canvas), -1))
+
+
 @pytest.mark.parametrize("degree", [2, 5])
 @pytest.mark.parametrize("periodic", [(True, True), (False, True), (False, False)])
 def test_prolongation_does_not_see_patch_borders(periodic: tuple[bool, bool], degree: int) -> None:
@@ -213,16 +219,14 @@ def test_prolongation_does_not_see_patch_borders(periodic: tuple[bool, bool], de
     assert coefficients is not None
     for patch in ((8, 8), (16, 24)):
         decomposition = Decomposition((16, 24), patch, 1, periodic)
-        fields.append(join(splines(coefficients, decomposition, range(decomposition.num_patches), degree), decomposition))
+        fields.append(join(spread(coefficients, decomposition, degree), decomposition))
     torch.testing.assert_close(fields[0], fields[1])
     assert fields[0].shape == (2, 2, 16, 24)
 
 
 def test_the_rim_of_splines_is_what_neighbours_have() -> None:
     decomposition, canvas = Decomposition((16, 24), (8, 8)), random_field(2, 3, (4, 6)).movedim(1, -1)
-    patches = range(decomposition.num_patches)
-    field = join(splines(canvas, decomposition, patches), decomposition)
-    wide = splines(canvas, decomposition, patches, rim=3)
+    field, wide = join(spread(canvas, decomposition), decomposition), spread(canvas, decomposition, rim=3)
     around = torch.nn.functional.pad(field, (3, 3, 3, 3), mode="circular")
     torch.testing.assert_close(wide[:, 4], around[..., 8:22, 8:22])  # the patch in the second row and column
 
@@ -230,7 +234,7 @@ def test_the_rim_of_splines_is_what_neighbours_have() -> None:
 @pytest.mark.parametrize("degree", [2, 3, 5])
 def test_interpolation_reproduces_linear_functions(degree: int) -> None:
     ring, rim = neighbours(degree, rim=2, cell=4), 2
-    weights = interpolation(4, 4, degree, ring, rim)
+    weights = spline_weights(4, 4, degree, ring, rim)
     centres = torch.arange(-ring, 4 + ring, dtype=torch.float64) + 0.5
     points = (torch.arange(-rim, 16 + rim, dtype=torch.float64) + 0.5) / 4
     torch.testing.assert_close((2 * centres - 3) @ weights, 2 * points - 3)
@@ -244,25 +248,57 @@ def test_splines_of_degree_two() -> None:
     torch.testing.assert_close(bspline(t - 1, 2), (0.5 + t).square() / 2)
 
 
+@pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("ndim", [2, 3])
-def test_gains_may_scale_weights_in_place_of_features(ndim: int) -> None:
+def test_merged_features_are_those_of_gains_interpolation_and_convolution(ndim: int, samples: int) -> None:
+    """Gains scale weights, and coarse features are mapped before they are interpolated: the same values, the same gradients."""
     torch.manual_seed(0)
-    gain, conv = Gain(5, 4).double(), CONV[ndim](5, 3, 1).double()
+    gain, conv = Gain(6, 4).double(), CONV[ndim](6, 3, 1).double()
     for parameter in gain.parameters():
         torch.nn.init.normal_(parameter)
-    embedding, parts = (
-        torch.randn(2, 4, dtype=torch.float64),
-        [torch.randn(2, n, *[4] * ndim, dtype=torch.float64) for n in (2, 3)],
+    batch = 2 * samples
+    embedding = torch.randn(samples, 4, dtype=torch.float64)
+    coarse, skip, other = (
+        torch.randn(batch, 3, *shape, dtype=torch.float64).requires_grad_() for shape in ([4] * ndim, [10] * ndim, [4] * ndim)
     )
-    torch.testing.assert_close(gain.mix(conv, parts, embedding), conv(gain(torch.cat(parts, dim=1), embedding)))
+    inputs = [coarse, skip, other, *gain.parameters(), *conv.parameters()]
+    features = torch.cat([doubled(coarse, rim=1).points(), skip], dim=1)
+    expected = conv(gain(features, embedding.repeat_interleave(2, dim=0))) + doubled(other, rim=1).points()
+    to_coarse, to_skip = gain.scaled(conv, embedding).chunk(2, dim=2)
+    assert conv.bias is not None
+    parts = [doubled(map_rows(coarse, to_coarse), rim=1), doubled(other, rim=1)]
+    found = merge(skip, to_skip, conv.bias, parts)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_cells_that_close_on_themselves_are_interpolated_around_the_end() -> None:
+    x = random_field(1, 2, (4, 6))
+    around = doubled(torch.nn.functional.pad(x, (1, 1, 1, 1), mode="circular")).points()
+    torch.testing.assert_close(doubled(x, wraps=True).points(), around[..., 2:-2, 2:-2])
+
+
+def test_norms_of_one_sample_take_over_its_scale_and_shift() -> None:
+    """A sample on its own has the values and gradients that it has beside another one."""
+    torch.manual_seed(0)
+    norm, x = PointNorm(3).double(), random_field(4, 3, (4, 4)).requires_grad_()
+    scale, shift = (torch.randn(2, 3, dtype=torch.float64).requires_grad_() for _ in range(2))
+    together = norm(x, scale, shift)
+    alone = torch.cat([norm(x[2 * i :][:2], scale[i : i + 1], shift[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(alone, together)
+    inputs, weights = [x, scale, shift, *norm.parameters()], torch.randn_like(together)
+    for a, b in zip(*(torch.autograd.grad((y * weights).sum(), inputs) for y in (alone, together)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_refinement_reproduces_linear_functions_up_to_the_rim() -> None:
     y, x = torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij")
     fine_y, fine_x = torch.meshgrid(torch.arange(8.0) / 2 - 0.25, torch.arange(12.0) / 2 - 0.25, indexing="ij")
-    torch.testing.assert_close(refine((3 * y - x)[None, None]), (3 * fine_y - fine_x)[None, None])
-    torch.testing.assert_close(refine(torch.full((1, 1, 1, 1), 2.0)), torch.full((1, 1, 2, 2), 2.0))
-    wide = refine((3 * y - x)[None, None], rim=2)
+    torch.testing.assert_close(doubled((3 * y - x)[None, None]).points(), (3 * fine_y - fine_x)[None, None])
+    torch.testing.assert_close(doubled(torch.full((1, 1, 1, 1), 2.0)).points(), torch.full((1, 1, 2, 2), 2.0))
+    wide = doubled((3 * y - x)[None, None], rim=2).points()
     torch.testing.assert_close(wide, torch.nn.functional.pad((3 * fine_y - fine_x)[None, None], (2,) * 4, mode="replicate"))
 
 

@@ -6,7 +6,6 @@ Weights are kept in the type that they are trained in, and used in the type of t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,10 +37,14 @@ class PointNorm(nn.Module):
         super().__init__()
         self.gain, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise every point of ``[batch, channel, *points]``."""
-        gain, bias = self.gain.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x.movedim(1, -1), gain.shape, gain, bias).movedim(-1, 1)
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Normalise every point of ``[sample * patch, channel, *points]``; then y → scale y + shift, if these are given.
+
+        Arguments:
+            x: Features.
+            scale, shift: Shape ``[sample, channel]``. One sample's become part of the norm, which saves passes over its points.
+        """
+        return normalise(x.movedim(1, -1), self.gain, self.bias, scale, shift).movedim(-1, 1)
 
 
 class ResidualBlock(nn.Module):
@@ -67,10 +70,12 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if inputs == outputs else conv(inputs, outputs, 1)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map ``[batch, inputs, *points]`` and ``[batch, embedding]`` to ``[batch, outputs, *(points - 2 shed)]``."""
-        scale, shift = self.modulation(embedding).view(len(x), 2, -1, *(1,) * (x.ndim - 2)).unbind(1)
+        """Map ``[sample * patch, inputs, *points]`` and ``[sample, embedding]`` to
+        ``[sample * patch, outputs, *(points - 2 shed)]``.
+        """
+        scale, shift = self.modulation(embedding).chunk(2, dim=1)
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale)))
+        h = self.conv2(F.silu(self.norm2(h, 1 + scale, shift)))
         return self.skip(crop(x, self.shed)) + h
 
 
@@ -92,26 +97,17 @@ class Gain(nn.Module):
         """Scale ``[batch, channel, *points]`` by ``[batch, embedding]``."""
         return x * (1 + self.gain(embedding)).view(*x.shape[:2], *(1,) * (x.ndim - 2))
 
-    def mix(self, conv: nn.Conv2d | nn.Conv3d, parts: Sequence[Tensor], embedding: Tensor) -> Tensor:
-        """W (1 + g(σ)) x + b of a convolution of one point, where x is the parts side by side: gains scale the weights instead,
-        so that neither x nor its product with them is ever in memory.
+    def scaled(self, conv: nn.Conv2d | nn.Conv3d, embedding: Tensor) -> Tensor:
+        """W (1 + g(σ)) of a convolution of one point: gains scale the weights in place of the features.
 
         Arguments:
-            conv: W and b.
-            parts: Shapes ``[batch, channel, *points]``, best with channels last in memory.
-            embedding: Shape ``[batch, embedding]``.
+            conv: W.
+            embedding: Shape ``[sample, embedding]``.
 
         Returns:
-            Shape ``[batch, outputs, *points]``, channels last.
+            Shape ``[sample, outputs, channel]``.
         """
-        weights = conv.weight.flatten(1).to(embedding.dtype) * (1 + self.gain(embedding))[:, None]
-        own = [weight.mT for weight in weights.split([part.shape[1] for part in parts], dim=2)]
-        rows = [part.movedim(1, -1).flatten(1, -2) for part in parts]
-        assert conv.bias is not None
-        mixed = torch.baddbmm(conv.bias.to(embedding.dtype), rows[0], own[0])
-        for x, weight in zip(rows[1:], own[1:], strict=True):
-            mixed = mixed.baddbmm_(x, weight)
-        return mixed.view(len(mixed), *parts[0].shape[2:], -1).movedim(-1, 1)
+        return conv.weight.flatten(1).to(embedding.dtype) * (1 + self.gain(embedding))[:, None]
 
 
 class NoiseEmbedding(nn.Module):
@@ -135,56 +131,28 @@ class NoiseEmbedding(nn.Module):
         return self.layers(torch.cat([angles.cos(), angles.sin()], dim=1))
 
 
-def refine(x: Tensor, wraps: bool = False, rim: int = 0) -> Tensor:
-    """Linear interpolation of cell values to half the spacing, extrapolated to the outermost points: exact for linear functions.
+def normalise(x: Tensor, gain: Tensor, bias: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    """Layer norm over the last dim; then y → scale y + shift, if these are given.
 
     Arguments:
-        x: Shape ``[batch, channel, *points]``; twice as many points come out on every axis, channels last in memory.
-        wraps: Whether the points close on themselves, so that there are no outermost ones.
-        rim: Points to add on every side, with the values of the outermost ones.
+        x: Shape ``[sample * patch, *points, channel]``.
+        gain, bias: Of the norm, with shape ``[channel]``.
+        scale, shift: Shape ``[sample, channel]``. One sample's become part of the norm, which saves passes over its points.
     """
-    if wraps:
-        return crop(refine(F.pad(x, [1] * 2 * (x.ndim - 2), mode="circular")), 2)
-    x = x.movedim(1, -1)
-    for axis in range(1, x.ndim - 1):
-        x = along(x, axis, _halving(x.shape[axis], rim))
-    return x.movedim(-1, 1)
-
-
-def along(x: Tensor, axis: int, matrix: Tensor) -> Tensor:
-    """y(.., j, ..) = Σ_i x(.., i, ..) M(i, j) along one axis, without a copy of what lies in memory in the order of its axes.
-
-    Arguments:
-        x: Shape ``[*before, i, *behind]``.
-        axis: Number of the axis.
-        matrix: M, with shape ``[i, j]``.
-
-    Returns:
-        Shape ``[*before, j, *behind]``, contiguous.
-    """
-    matrix = matrix.to(x)
-    if axis == x.ndim - 1:
-        return x @ matrix
-    before, behind = x.shape[:axis], x.shape[axis + 1 :]
-    return (matrix.T @ x.reshape(before.numel(), x.shape[axis], behind.numel())).view(*before, -1, *behind)
+    gain, bias = gain.to(x.dtype), bias.to(x.dtype)
+    if scale is not None and shift is not None and len(scale) == 1:
+        gain, bias, scale = gain * scale[0], bias * scale[0] + shift[0], None
+    y = F.layer_norm(x, gain.shape, gain, bias)
+    if scale is None or shift is None:
+        return y
+    patches = len(x) // len(scale)
+    scale, shift = (v.repeat_interleave(patches, dim=0).view(len(x), *(1,) * (x.ndim - 2), -1) for v in (scale, shift))
+    return (y * scale).add_(shift)
 
 
 def crop(x: Tensor, width: int) -> Tensor:
     """Take ``width`` points off every side of ``[batch, channel, *points]``."""
     return F.pad(x, [-width] * 2 * (x.ndim - 2)) if width else x  # slices would have gradients with channels first
-
-
-def _halving(cells: int, rim: int) -> Tensor:
-    """Weights of the two nearest cells for every new point, with shape ``[cells, 2 cells + 2 rim]``."""
-    new = torch.arange(-rim, 2 * cells + rim)
-    points = (new.clamp(0, 2 * cells - 1) + 0.5).double() / 2 - 0.5
-    weights = torch.zeros(cells, len(new), dtype=torch.float64)
-    if cells == 1:
-        return weights + 1
-    left = points.floor().clamp(0, cells - 2).long()
-    weights[left, new + rim] = 1 - (points - left)
-    weights[left + 1, new + rim] = points - left
-    return weights
 
 
 def zero(module: nn.Conv2d | nn.Conv3d) -> nn.Conv2d | nn.Conv3d:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.convolution import CONV
-from ddpatch.model.layers import along
+from ddpatch.model.interpolation import Interpolation, along
 
 
 class Restriction(nn.Module):
@@ -94,7 +94,7 @@ class Prolongation(nn.Module):
         return None if self.to_fine is None else self.to_fine(canvas)
 
 
-def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int], degree: int = 2, rim: int = 0) -> Tensor:
+def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int], degree: int = 2, rim: int = 0) -> Interpolation:
     """B-splines with coefficients on the tokens, at the points of some patches.
 
     Arguments:
@@ -105,16 +105,15 @@ def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]
         rim: Points around every patch that are wanted too.
 
     Returns:
-        Shape ``[sample, patch, channel, *(patch_shape + 2 rim)]``, channels last in memory.
+        What is interpolated to ``[sample * patch, channel, *(patch_shape + 2 rim)]``.
     """
     per_patch = [n // g for n, g in zip(canvas.shape[1:-1], decomposition.patch_grid, strict=True)]
     cells = [n // q for n, q in zip(decomposition.patch_shape, per_patch, strict=True)]
     ring = neighbours(degree, rim, min(cells))
     framed = frame(canvas.movedim(-1, 1), decomposition.periodic, ring).movedim(1, -1)
-    points = own_boxes(framed, decomposition, patches, per_patch, 2 * ring)
-    for axis, (cell, q) in enumerate(zip(cells, per_patch, strict=True), start=2):
-        points = along(points, axis, interpolation(q, cell, degree, ring, rim))
-    return points.movedim(-1, 2)
+    boxes = own_boxes(framed, decomposition, patches, per_patch, 2 * ring).flatten(0, 1)
+    weights = [spline_weights(q, cell, degree, ring, rim) for cell, q in zip(cells, per_patch, strict=True)]
+    return Interpolation(boxes, weights)
 
 
 def weighting(cell: int, overlap: int) -> Tensor:
@@ -172,7 +171,7 @@ def neighbours(degree: int, rim: int = 0, cell: int = 1) -> int:
 
 
 @cache
-def interpolation(q: int, cell: int, degree: int, ring: int, rim: int = 0) -> Tensor:
+def spline_weights(q: int, cell: int, degree: int, ring: int, rim: int = 0) -> Tensor:
     """B-splines of q tokens and some neighbours on either side, at the q * cell points between, along one axis.
 
     Arguments:

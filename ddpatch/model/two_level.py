@@ -45,8 +45,7 @@ class Group(NamedTuple):
         patches: Global numbers of those of the group.
         windows: Scaled noisy windows, with shape ``[sample, patch, channel, *(patch_shape + 2 δ)]``.
         sigma: Shape ``[sample]``.
-        embedding: Of the noise levels, with shape ``[sample, embedding]``.
-        precision: Type of the features.
+        embedding: Of the noise levels, with shape ``[sample, embedding]``; its type is that of all features.
         tokens, fine, linear: What the coarse level tells all patches, where it does (:class:`Message`).
     """
 
@@ -55,15 +54,9 @@ class Group(NamedTuple):
     windows: Tensor
     sigma: Tensor
     embedding: Tensor
-    precision: torch.dtype
     tokens: Tensor | None = None
     fine: Tensor | None = None
     linear: Tensor | None = None
-
-    @property
-    def repeated(self) -> Tensor:
-        """The embedding for every patch, with shape ``[sample * patch, embedding]``."""
-        return self.embedding.repeat_interleave(len(self.patches), dim=0).to(self.precision)
 
 
 class Features(NamedTuple):
@@ -197,14 +190,14 @@ class TwoLevelModel(nn.Module):
             most = execution.patches_at_once or most
             precision = torch.bfloat16 if execution.precision == "bfloat16" else precision
         return [
-            Group(coupling.decomposition, coupling.patches[i * most :][:most], part, sigma, embedding, precision)
+            Group(coupling.decomposition, coupling.patches[i * most :][:most], part, sigma, embedding.to(precision))
             for i, part in enumerate(windows.split(most, dim=1))
         ]
 
     def _encode(self, group: Group) -> Features:
         """The features of a group on all levels of the U-Net."""
         place = coordinate_features(group.grid, group.patches, self.config.reach, self.config.positions).to(group.windows)
-        return Features(*self.encoder(group.windows, place, group.sigma, group.repeated))
+        return Features(*self.encoder(group.windows, place, group.sigma, group.embedding))
 
     def _restrict(self, group: Group, features: Features) -> Tensor:
         """The tokens of a group, with shape ``[sample, patch, q^d, feature]``."""
@@ -292,20 +285,22 @@ class TwoLevelModel(nn.Module):
 
     def _decode(self, group: Group, features: Features, near: Tensor | None) -> Tensor:
         """The result on a group, N or L u + g N, with shape ``[sample, patch, channel, *patch_shape]``."""
-        latent, fine = features.latent, None
+        latent, fine = features.latent, []
         if group.tokens is not None:
             own = own_boxes(group.tokens, group.grid, group.patches, [self.config.tokens] * group.grid.ndim)
             latent = latent + self.prolongation.latent(own.flatten(0, 1), latent.shape[2:]).to(latent)
         if group.fine is not None:
-            fine = splines(group.fine, group.grid, group.patches, rim=self.decoder.rim).flatten(0, 1).to(latent)
-        latent = self.bottleneck(latent, group.repeated)
-        out = self.decoder(latent, features.skips, group.repeated, fine)
+            fine = [splines(group.fine, group.grid, group.patches, rim=self.decoder.rim)]
+        latent = self.bottleneck(latent, group.embedding)
+        out = self.decoder(latent, features.skips, group.embedding, fine)
         out = out.to(group.windows).unflatten(0, group.windows.shape[:2])
         if self.linear is not None:
             out = self.linear.scale(group.sigma).view(-1, *(1,) * (out.ndim - 1)) * out
         if near is not None:
             out = near + out
-        return out if group.linear is None else out + splines(group.linear, group.grid, group.patches, DEGREE)
+        if group.linear is None:
+            return out
+        return out + splines(group.linear, group.grid, group.patches, DEGREE).points().unflatten(0, out.shape[:2])
 
     def _token_features(self, decomposition: Decomposition) -> Tensor:
         """Coordinates of all tokens, with shape ``[*token_grid, feature]``: those of a grid with a point per token."""

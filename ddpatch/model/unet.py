@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddpatch.model.convolution import CONV
-from ddpatch.model.layers import Gain, ResidualBlock, crop, refine, zero
+from ddpatch.model.interpolation import Interpolation, doubled, map_rows, merge
+from ddpatch.model.layers import Gain, ResidualBlock, crop, zero
 from ddpatch.model.stencil import StencilConvolution
 
 
@@ -98,13 +99,13 @@ class Encoder(nn.Module):
         self.downs = nn.ModuleList(CONV[ndim](fine, coarse, 2, stride=2) for fine, coarse in pairwise(channels))
 
     def forward(self, windows: Tensor, coordinates: Tensor, sigma: Tensor, embedding: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Encode windows; a batch is all patches of all samples.
+        """Encode windows; a batch is all patches of all samples, sample by sample.
 
         Arguments:
             windows: The scaled field c_in x, with shape ``[sample, patch, inputs, *(patch_shape + 2 δ)]``.
             coordinates: Shape ``[patch, features, *(patch_shape + 2 δ)]``.
             sigma: Shape ``[sample]``.
-            embedding: Shape ``[batch, embedding]``; its type is that of all features.
+            embedding: Shape ``[sample, embedding]``; its type is that of all features.
 
         Returns:
             The latent ``[batch, channels[-1], *latent_shape]`` and the skips of all finer levels; the finest, which is first, has
@@ -156,15 +157,14 @@ class Decoder(nn.Module):
         self.gain = Gain(channels[0], embedding)
         self.out = zero(conv(channels[0], outputs, 1))
 
-    def forward(self, latent: Tensor, skips: Sequence[Tensor], embedding: Tensor, fine: Tensor | None = None) -> Tensor:
+    def forward(self, latent: Tensor, skips: Sequence[Tensor], embedding: Tensor, fine: Sequence[Interpolation] = ()) -> Tensor:
         """Decode.
 
         Arguments:
             latent: Shape ``[batch, channels[-1], *latent_shape]``, coupled.
             skips: Features of the finer levels, finest first.
-            embedding: Shape ``[batch, embedding]``.
-            fine: What the coarse level adds at the finest level, with shape ``[batch, channels[0], *(patch_shape + 2 ρ)]``, if
-                anything.
+            embedding: Shape ``[sample, embedding]``.
+            fine: What else is added at the finest level, ``channels[0]`` channels at ``patch_shape + 2 ρ`` points.
 
         Returns:
             Shape ``[batch, outputs, *patch_shape]``.
@@ -172,13 +172,21 @@ class Decoder(nn.Module):
         h = latent
         for i in reversed(range(len(self.levels))):
             if i < len(self.ups):
-                gain: Any = self.gains[i]
-                h = gain.mix(self.merges[i], [refine(self.ups[i](h), self.wraps, 0 if i else self.rim), skips[i]], embedding)
-            if i == 0 and fine is not None:
-                h = h + fine
+                h = self._merge(i, h, skips[i], embedding, () if i else fine)
+            elif i == 0:
+                h = sum((part.points().to(h) for part in fine), h)
             for block in _modules(self.levels[i]):
                 h = block(h, embedding)
-        return self.out(self.gain(crop(h, self.rim - self.shed), embedding))
+        gain: Any = self.gain
+        return map_rows(crop(h, self.rim - self.shed), gain.scaled(self.out, embedding), self.out.bias)
+
+    def _merge(self, level: int, coarse: Tensor, skip: Tensor, embedding: Tensor, others: Sequence[Interpolation]) -> Tensor:
+        """W (1 + g(σ)) [coarse features, skip] + b; the former are mapped before they are interpolated, which is the same."""
+        modules: tuple[Any, Any, Any] = self.ups[level], self.gains[level], self.merges[level]
+        up, gain, conv = modules
+        to_coarse, to_skip = gain.scaled(conv, embedding).chunk(2, dim=2)
+        coarser = doubled(map_rows(up(coarse), to_coarse), self.wraps, 0 if level else self.rim)
+        return merge(skip, to_skip, conv.bias, [coarser, *others])
 
 
 def _modules(level: nn.Module) -> list[nn.Module]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddpatch.model.tokens import interpolation, neighbours, weighting
+from ddpatch.model.tokens import neighbours, spline_weights, weighting
 
 DEGREE = 5  # of the splines of the linear part: what they make of a wave has other waves in it, which lower degrees damp less
 
@@ -101,7 +101,7 @@ def _spline(angle: Tensor, cell: int) -> tuple[Tensor, Tensor]:
     points = torch.arange(cell).to(angle) - (cell - 1) / 2
     ring = neighbours(DEGREE)
     tokens = torch.arange(-ring, ring + 1).to(angle) * cell
-    made = torch.exp(1j * angle[:, None] * tokens) @ interpolation(1, cell, DEGREE, ring).to(torch.complex128)
+    made = torch.exp(1j * angle[:, None] * tokens) @ spline_weights(1, cell, DEGREE, ring).to(torch.complex128)
     return (made * torch.exp(-1j * angle[:, None] * points)).real.mean(1), made.abs().square().mean(1)
 
 
