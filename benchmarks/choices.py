@@ -5,9 +5,9 @@
 
 Training steps with all patches of 32³ together and one at a time, as they are, and with an environment that tells the C library
 something without effect (``MALLOC_PERTURB_=0``), so that it is left as it is (ddpatch/execution.py). Then forward and backward
-passes of one convolution, whole and in halves (ddpatch/model/convolution.py); of what merges levels and of a norm that takes over
-scale and shift, each beside the same operation by operation (ddpatch/model/interpolation.py, layers.py); and of the product along
-an axis that merging ends with, all parts together and one by one. One core. The report goes to benchmarks/results/.
+passes: of one convolution, whole and in halves (ddpatch/model/convolution.py); of what merges levels, and of a norm that takes
+over scale and shift, each beside the same operation by operation (ddpatch/model/interpolation.py, layers.py). One core. The
+report goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -88,31 +88,13 @@ def time_norm(channels: int = WIDTH) -> tuple[float, float]:
     return compare(ways, [x, gain, bias, scale, shift])
 
 
-def time_products(channels: int = WIDTH) -> tuple[float, float]:
-    """Milliseconds of the products along the first axis, of all parts together and one by one."""
-    rows, points = (PATCH // 2, TOKENS + 2 * RING), PATCH + 2
-    cells, total = (
-        [torch.randn(PATCHES, n, points**2 * channels) for n in rows],
-        torch.zeros(PATCHES, points, points**2 * channels),
-    )
-    matrices, together = [torch.randn(n, points) for n in rows], torch.cat(cells, dim=1)
-    matrix = torch.cat(matrices).T.expand(PATCHES, -1, -1)
-
-    def one_by_one() -> Tensor:
-        for part, m in zip(cells, matrices, strict=True):
-            total.baddbmm_(m.T.expand(PATCHES, -1, -1), part)
-        return total
-
-    return compare([lambda: total.baddbmm_(matrix, together), one_by_one], [])
-
-
 def features(points: int, channels: int) -> Tensor:
     """Features of 8 patches, channels last in memory."""
     return torch.randn(PATCHES, *(points,) * 3, channels).movedim(-1, 1).requires_grad_()
 
 
 def compare(ways: Sequence[Callable[[], Tensor]], inputs: list[Tensor], times: int = 15) -> tuple[float, float]:
-    """Milliseconds of two ways, and of their gradients with respect to the inputs, if any."""
+    """Milliseconds of two ways and of their gradients with respect to the inputs."""
     torch.set_num_threads(1)
     keep_freed_memory(torch.device("cpu"))
     seconds: list[list[float]] = [[], []]
@@ -120,8 +102,7 @@ def compare(ways: Sequence[Callable[[], Tensor]], inputs: list[Tensor], times: i
         for taken, way in zip(seconds, ways, strict=True):
             start = time.perf_counter()
             y = way()
-            if inputs:
-                torch.autograd.grad(y, inputs, torch.ones_like(y))
+            torch.autograd.grad(y, inputs, torch.ones_like(y))
             taken.append(time.perf_counter() - start)
     first, second = (1e3 * statistics.median(each[times // 3 :]) for each in seconds)
     return first, second
@@ -130,7 +111,6 @@ def compare(ways: Sequence[Callable[[], Tensor]], inputs: list[Tensor], times: i
 SMALL: dict[str, Callable[[], tuple[float, float]]] = {
     "finest merge: operation by operation; as it is": time_merge,
     "norm with scale and shift: one after the other; as it is": time_norm,
-    "products along the first axis: all parts together; one by one, as it is": time_products,
 }
 
 
@@ -193,7 +173,7 @@ def main() -> None:
             ("channels", "points with the frame", "ms whole", "ms in halves"),
             [(c, f"{n}³", f"{whole:.2f}", f"{halves:.2f}") for c, n, whole, halves in convolutions],
         ),
-        f"{PATCHES} patches of {PATCH}³ with a rim, {WIDTH} channels, {TOKENS}³ tokens; forward and backward, but for products:",
+        f"{PATCHES} patches of {PATCH}³ with a rim, {WIDTH} channels, {TOKENS}³ tokens; forward and backward:",
         "",
         *table(("what, two ways", "ms, the first", "ms, the second"), [(name, f"{a:.1f}", f"{b:.1f}") for name, a, b in small]),
     ]

@@ -62,9 +62,14 @@ def doubled(x: Tensor, wraps: bool = False, rim: int = 0) -> Interpolation:
     return Interpolation(x.movedim(1, -1), [halving(n, wraps, rim) for n in x.shape[2:]])
 
 
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def halving(cells: int, wraps: bool = False, rim: int = 0) -> Tensor:
-    """Weights of the two nearest cells for every new point, with shape ``[cells, 2 cells + 2 rim]``."""
+    """Weights of the two nearest cells for every new point, with shape ``[cells, 2 cells + 2 rim]``: a constant for compilers."""
+    return _halving(cells, wraps, rim)
+
+
+@cache
+def _halving(cells: int, wraps: bool, rim: int) -> Tensor:
     new = torch.arange(-rim, 2 * cells + rim)
     points = ((new if wraps else new.clamp(0, 2 * cells - 1)) + 0.5).double() / 2 - 0.5
     left = points.floor() if wraps else points.floor().clamp(0, max(cells - 2, 0))
@@ -115,7 +120,7 @@ def as_rows(x: Tensor, samples: int) -> Tensor:
 class _Merge(torch.autograd.Function):
     """y = x W + b, to which z M of every part is added in place along another axis; autograd copies gradients where views change.
 
-    One product for all parts takes longer: it has more rows than the library has fast code for (docs/decisions/0015).
+    One product for all parts would need them side by side in memory, and their gradients apart.
     """
 
     @staticmethod
