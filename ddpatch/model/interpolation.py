@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -62,14 +61,8 @@ def doubled(x: Tensor, wraps: bool = False, rim: int = 0) -> Interpolation:
     return Interpolation(x.movedim(1, -1), [halving(n, wraps, rim) for n in x.shape[2:]])
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def halving(cells: int, wraps: bool = False, rim: int = 0) -> Tensor:
-    """Weights of the two nearest cells for every new point, with shape ``[cells, 2 cells + 2 rim]``: a constant for compilers."""
-    return _halving(cells, wraps, rim)
-
-
-@cache
-def _halving(cells: int, wraps: bool, rim: int) -> Tensor:
+    """Weights of the two nearest cells for every new point, with shape ``[cells, 2 cells + 2 rim]``."""
     new = torch.arange(-rim, 2 * cells + rim)
     points = ((new if wraps else new.clamp(0, 2 * cells - 1)) + 0.5).double() / 2 - 0.5
     left = points.floor() if wraps else points.floor().clamp(0, max(cells - 2, 0))
@@ -101,14 +94,15 @@ def merge(x: Tensor, weights: Tensor, bias: Tensor, parts: Sequence[Interpolatio
 
     Arguments:
         x, weights, bias: As there.
-        parts: Of the same points and channels.
+        parts: One or more, of the same points and channels.
 
     Returns:
         Shape ``[sample * patch, outputs, *points]``, channels last.
     """
     cells = [part.but_first().to(x.dtype).flatten(2) for part in parts]
     matrices = [part.matrices[0].to(part.values.device, x.dtype) for part in parts]
-    merged = _Merge.apply(as_rows(x, len(weights)), weights.mT, bias.to(x.dtype), len(parts), *cells, *matrices)
+    compute = _Merge.apply if torch.is_grad_enabled() else _merged  # compilers do not follow the former without gradients
+    merged = compute(as_rows(x, len(weights)), weights.mT, bias.to(x.dtype), *cells, *matrices)
     return merged.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
 
 
@@ -117,25 +111,32 @@ def as_rows(x: Tensor, samples: int) -> Tensor:
     return x.movedim(1, -1).reshape(samples, -1, x.shape[1])
 
 
-class _Merge(torch.autograd.Function):
-    """y = x W + b, to which z M of every part is added in place along another axis; autograd copies gradients where views change.
+def _merged(x: Tensor, weights: Tensor, bias: Tensor, *cells_and_matrices: Tensor) -> Tensor:
+    """y = x W + b, to which z M of every part is added in place along another axis.
 
     One product for all parts would need them side by side in memory, and their gradients apart.
     """
+    parts = len(cells_and_matrices) // 2
+    merged = torch.baddbmm(bias, x, weights)
+    for z, matrix in zip(cells_and_matrices[:parts], cells_and_matrices[parts:], strict=True):
+        merged.view(len(z), matrix.shape[1], -1).baddbmm_(matrix.T.expand(len(z), -1, -1), z)
+    return merged
+
+
+class _Merge(torch.autograd.Function):
+    """The same with gradients: autograd would copy them where views change."""
+
+    forward = staticmethod(_merged)
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, bias: Tensor, parts: int, *cells_and_matrices: Tensor) -> Tensor:
-        cells, matrices = cells_and_matrices[:parts], cells_and_matrices[parts:]
-        ctx.save_for_backward(x, weights, *matrices)
-        merged = torch.baddbmm(bias, x, weights)
-        for z, matrix in zip(cells, matrices, strict=True):
-            merged.view(len(z), matrix.shape[1], -1).baddbmm_(matrix.T.expand(len(z), -1, -1), z)
-        ctx.batch = len(cells[0]) if cells else 0
-        return merged
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        x, weights, _, *cells_and_matrices = inputs
+        ctx.save_for_backward(x, weights, *cells_and_matrices[len(cells_and_matrices) // 2 :])
+        ctx.batch = len(cells_and_matrices[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, *matrices = ctx.saved_tensors
         grad = grads[0].contiguous()
         of_cells = [matrix @ grad.view(ctx.batch, matrix.shape[1], -1) for matrix in matrices]
-        return grad @ weights.mT, x.mT @ grad, grad.sum((0, 1)), None, *of_cells, *[None] * len(matrices)
+        return grad @ weights.mT, x.mT @ grad, grad.sum((0, 1)), *of_cells, *[None] * len(matrices)
