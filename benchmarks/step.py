@@ -1,7 +1,7 @@
 """Time of one training step: patches against a monolithic U-Net of equal width, in both precisions, and two ranks against one.
 
-    python benchmarks/step.py                          # about 10 minutes on two cores; needs them to itself
-    python benchmarks/step.py --grid 128 --rounds 2    # about 40 minutes
+    python benchmarks/step.py                          # about 25 minutes on two cores; needs them to itself
+    python benchmarks/step.py --grid 128 --rounds 2    # about an hour
 
 The monolith is the same encoder, bottleneck and decoder on the whole volume as one patch, without tokens and transformer. Every
 rank has one thread. Runs alternate, so that a drift of the machine's speed hits all alike; figures are medians, ratios are taken
@@ -40,7 +40,7 @@ from ddpatch.parallel.gradients import GradientSum
 from ddpatch.rehearsal import rehearse, white_field
 from ddpatch.run import decompose, make_denoiser, make_model
 
-WARM_UP = 2  # steps that are not timed
+WARM_UP = 5  # steps that are not timed: until the memory that the C library keeps has grown to what a step takes
 SIDE, TIMES = 2048, 3  # of the matrices, and of their products
 POINTS, KERNEL = (8, 256, 32, 32), (256, 256, 3, 3)  # of the convolution beside them
 CPU = torch.device("cpu")
@@ -237,7 +237,7 @@ def main() -> None:
     """Alternate the runs and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=int, default=64, help="points per axis (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after two that are not (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after five that are not (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="times that every run is made (default %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
