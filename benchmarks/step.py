@@ -237,7 +237,7 @@ def main() -> None:
     """Alternate the runs and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--grid", type=int, default=64, help="points per axis (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of a run, after five that are not (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after five that are not (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="times that every run is made (default %(default)s)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
