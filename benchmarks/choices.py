@@ -1,6 +1,6 @@
 """What choices of execution are worth on a processor: freed memory that is kept, one small patch in halves, fewer passes.
 
-    python benchmarks/choices.py                # four minutes; needs a core to itself
+    python benchmarks/choices.py                # three minutes; needs a core to itself
     python benchmarks/choices.py --grid 128
 
 Training steps with all patches of 32³ together and one at a time, as they are, and with an environment that tells the C library
@@ -38,7 +38,8 @@ from ddpatch.parallel.comm import Communicator
 
 LEFT_ALONE = {"MALLOC_PERTURB_": "0"}
 PATCH, STEPS = 32, 2
-PATCHES, WIDTH, TOKENS, RING = 8, 32, 4, neighbours(2, 1, PATCH // 4)  # of the merge, which is that of a step at 64³
+PATCHES, WIDTH, TOKENS = 8, 32, 4  # of the merge, which is that of a step at 64³
+RING = neighbours(2, 1, PATCH // TOKENS)
 CONVOLUTIONS = ((32, 18), (32, 10), (64, 10), (128, 10))  # channels, points per axis with the frame
 
 
@@ -122,9 +123,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         what = json.loads(args.worker)
-        ways = SMALL[what] if isinstance(what, str) else None
-        found = ways() if ways else time_convolution(*what) if isinstance(what, list) else time_steps(what, args.grid)
-        print(json.dumps(found))
+        if isinstance(what, str):
+            print(json.dumps(SMALL[what]()))
+        else:
+            print(json.dumps(time_convolution(*what) if isinstance(what, list) else time_steps(what, args.grid)))
         return
 
     def run(what: object) -> tuple[float, float]:

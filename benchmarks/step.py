@@ -1,7 +1,7 @@
 """Time of one training step: patches against a monolithic U-Net of equal width, in both precisions, and two ranks against one.
 
-    python benchmarks/step.py                          # about 25 minutes on two cores; needs them to itself
-    python benchmarks/step.py --grid 128 --rounds 2    # about an hour
+    python benchmarks/step.py                          # about 20 minutes on two cores; needs them to itself
+    python benchmarks/step.py --grid 128 --rounds 2    # eight times as long a round
 
 The monolith is the same encoder, bottleneck and decoder on the whole volume as one patch, without tokens and transformer. Every
 rank has one thread. Runs alternate, so that a drift of the machine's speed hits all alike; figures are medians, ratios are taken

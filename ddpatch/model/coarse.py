@@ -91,9 +91,11 @@ class GeometricAttention(nn.Module):
         k, v = rearrange(everywhere, "b n (two h c) -> two b h n c", two=2, h=self.heads)
         scale = self.sharpness.exp()[:, None, None] * math.sqrt(q.shape[-1])
         where_q, where_k = self._windows(embedding, audience)
-        q = _widened(F.normalize(q, dim=-1) * scale, where_q)
-        k = _widened(F.normalize(k, dim=-1), where_k.expand(*k.shape[:2], -1, -1))
-        y = F.scaled_dot_product_attention(q, k, _widened(v, like=q), scale=1.0)[..., : v.shape[-1]]
+        q = torch.cat([F.normalize(q, dim=-1) * scale, where_q], dim=-1)
+        k = torch.cat([F.normalize(k, dim=-1), where_k.expand(*k.shape[:2], -1, -1)], dim=-1)
+        width = -(-q.shape[-1] // 8) * 8  # of a head, with zeros: kernels like multiples of 8, and the same for all three
+        q, k, padded = (F.pad(part, (0, width - part.shape[-1])) for part in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, padded, scale=1.0)[..., : v.shape[-1]]
         return self.out(rearrange(y, "b h n c -> b n (h c)"))
 
     def _windows(self, embedding: Tensor, audience: Audience) -> tuple[Tensor, Tensor]:
@@ -185,14 +187,6 @@ class ConvolutionalCommunicator(nn.Module):
         for layer, norm in zip(self.layers, self.norms, strict=True):
             h = F.relu(norm(layer(frame(h, periodic, 2))))
         return h.movedim(1, -1)
-
-
-def _widened(*parts: Tensor, like: Tensor | None = None) -> Tensor:
-    """Features side by side, with zeros up to those of another tensor, or to a multiple of 8: kernels want queries, keys and
-    values of the same such width."""
-    width = sum(part.shape[-1] for part in parts)
-    missing = (-(-width // 8) * 8 if like is None else like.shape[-1]) - width
-    return torch.cat([*parts, parts[0].new_zeros(1).expand(*parts[0].shape[:-1], missing)], dim=-1)
 
 
 def token_places(token_grid: Sequence[int]) -> Tensor:

@@ -140,14 +140,13 @@ def normalise(x: Tensor, gain: Tensor, bias: Tensor, scale: Tensor | None = None
         scale, shift: Shape ``[sample, channel]``. One sample's become part of the norm, which saves passes over its points.
     """
     gain, bias = gain.to(x.dtype), bias.to(x.dtype)
-    if scale is not None and shift is not None and len(scale) == 1:
-        gain, bias, scale = gain * scale[0], bias * scale[0] + shift[0], None
-    y = F.layer_norm(x, gain.shape, gain, bias)
     if scale is None or shift is None:
-        return y
+        return F.layer_norm(x, gain.shape, gain, bias)
+    if len(scale) == 1:
+        return F.layer_norm(x, gain.shape, gain * scale[0], bias * scale[0] + shift[0])
     patches = len(x) // len(scale)
     scale, shift = (v.repeat_interleave(patches, dim=0).view(len(x), *(1,) * (x.ndim - 2), -1) for v in (scale, shift))
-    return (y * scale).add_(shift)
+    return (F.layer_norm(x, gain.shape, gain, bias) * scale).add_(shift)
 
 
 def crop(x: Tensor, width: int) -> Tensor:
