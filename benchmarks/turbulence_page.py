@@ -46,7 +46,7 @@ def section(flow: Flow, rows: list[dict[str, Any]], folder: Path) -> list[str]:
         "spectrum, mean abs ln",
         "J",
         "ln E, λ = 1",
-        "level scale",
+        "mean level scale",
         "parameters",
         "s per sample",
         "GiB per rank",

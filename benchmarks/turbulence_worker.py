@@ -23,7 +23,8 @@ from turbulence_page import DISTANCES, FACTS, GIVEN
 from ddpatch.calibration import CALIBRATION, read_calibration
 from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import Decomposition
-from ddpatch.diffusion.solvers import Denoise
+from ddpatch.diffusion.level_scale import LevelScale
+from ddpatch.diffusion.solvers import EXACT, Denoise
 from ddpatch.evaluate import compare_fields
 from ddpatch.io.volume import write_volume
 from ddpatch.log import peak_memory
@@ -55,7 +56,7 @@ def draw(run: Path, way: str, count: int, output: Path, patch: tuple[int, ...], 
     """
     sampler = Sampler(run, comm)
     whole = sampler.config.model.paths.whole
-    scale, seed = 1.0 if way == "overlap" else sampler.noise_scale("dpm++2m", 20), sampler.config.train.seed + 1
+    scale, seed = EXACT if way == "overlap" else sampler.level_scale("dpm++2m", 20), sampler.config.train.seed + 1
     comm.bytes.clear()
     start = time.perf_counter()
     if way == "overlap":
@@ -65,11 +66,12 @@ def draw(run: Path, way: str, count: int, output: Path, patch: tuple[int, ...], 
     if whole or way == "overlap":
         draw_alone(sampler, count, seed, scale, output)
     else:
-        told = [f"sample.noise_scale={scale}", "sample.lagged=true"] if way == "lagged" else []
-        sample_verb(run, output, count, comm, overrides=told, shift=way == "moving", seed=seed, overwrite=True)
+        told = ["sample.lagged=true"] if way == "lagged" else []
+        moves = way == "moving"
+        sample_verb(run, output, count, comm, overrides=told, shift=moves, seed=seed, overwrite=True, level_scale=scale)
     return {
         "energy": read_calibration(run / CALIBRATION).get("energy"),
-        "level_scale": scale,
+        "level_scale": scale.mean,
         "seconds": (time.perf_counter() - start) / count,
         "memory": max(comm.gather(peak_memory(sampler.device))) / 2**30,
         "bytes": sum(comm.gather(sum(comm.bytes[kind] for kind in ("halo", "allgather", "roll")))) / count * (comm.size > 1),
@@ -77,11 +79,11 @@ def draw(run: Path, way: str, count: int, output: Path, patch: tuple[int, ...], 
     }
 
 
-def draw_alone(sampler: Sampler, count: int, seed: int, scale: float, output: Path) -> None:
+def draw_alone(sampler: Sampler, count: int, seed: int, scale: LevelScale, output: Path) -> None:
     """Draw samples on one rank, with a sampler that something has been put into."""
     starts = range(0, count, sampler.batch)
     batches = (range(first, min(first + sampler.batch, count)) for first in starts)
-    drawn = (patches for batch in batches for patches in sampler.draw(batch, seed, "dpm++2m", 20, noise_scale=scale))
+    drawn = (patches for batch in batches for patches in sampler.draw(batch, seed, "dpm++2m", 20, level_scale=scale))
     fields = (join(patches[None].float(), sampler.decomposition)[0].numpy() for patches in drawn)
     write_volume(output, sampler.header(count), fields, overwrite=True)
 

@@ -103,7 +103,7 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
 
 
 def calibrate(args: argparse.Namespace, comm: Communicator) -> None:
-    """Find the scale of noise levels with which samples of a run have the energy of its data, and keep it for sampling."""
+    """Find the scale of noise levels with which samples of a run have the spectrum of its data, and keep it for sampling."""
     from ddpatch.calibrate import calibrate as run
     from ddpatch.calibration import SCALE
 
@@ -115,8 +115,11 @@ def calibrate(args: argparse.Namespace, comm: Communicator) -> None:
 
         found = run(args.run, comm, args.count, args.solver, args.steps, args.set, progress)
     if comm.rank == 0:
-        scale, energy = f"{found[SCALE]:.4f} ± {found['error']:.4f}", f"{found['energy']:+.3f}"
-        print(f"noise scale {scale}; without it the energy is off by {energy} (logarithm)")
+        scale, levels = (" ".join(f"{v:.4g}" for v in part) for part in (found[SCALE].values, found[SCALE].levels))
+        print(f"noise scale {scale} at levels {levels}, its mean {found[SCALE].mean:.4f} ± {found['error']:.4f}")
+        before, after = found["spectrum"]
+        off = f"the energy is off by {found['energy']:+.3f} (logarithm), the spectrum by {before:.3f}"
+        print(f"without it {off}, with it by {after:.3f}")
 
 
 def evaluate(args: argparse.Namespace, comm: Communicator) -> None:
@@ -237,7 +240,7 @@ def _add_calibrate(verbs: Any) -> None:
         "--count",
         type=int,
         default=64,
-        help="samples of the last of three trials; the others have an eighth, or 8 (default %(default)s)",
+        help="samples of the last of seven trials; the first has a sixteenth, or 8, the others half of it (default %(default)s)",
     )
     verb.add_argument("--solver", help="as in sample")
     verb.add_argument("--steps", type=int, help="as in sample")

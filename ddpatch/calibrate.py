@@ -1,11 +1,10 @@
-"""The verb ``calibrate``: the scale of noise levels with which the samples of a run have the energy of its training data."""
+"""The verb ``calibrate``: the scale of noise levels with which the samples of a run have the spectrum of its training data."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from ddpatch.calibration import CALIBRATION, SCALE, keep
 from ddpatch.control import Mean, controlled_mean, gaussian_energies
 from ddpatch.data.fields import FieldFile
+from ddpatch.diffusion.level_scale import LevelScale
+from ddpatch.diffusion.schedule import MAX_FACTOR, MIN_FACTOR, Schedule
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import Field
@@ -21,9 +22,24 @@ from ddpatch.sample import Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
 SEED = 0  # of the noise
-TRIAL = 1.05
-FEWEST = 8  # samples that tell a slope
-LEAST, MOST = 0.9, 2.0
+KNOTS = 5  # values of λ
+TRIAL = 0.05  # by which each of them is raised in turn
+FEWEST, PAIRED = 8, 4  # samples that tell m at λ = 1, and what raising does to it
+SHELL, SPREAD = 0.01, 0.1  # what a shell may be off by besides chance; how far values of λ may be from their mean
+LOWEST, LEAST, MOST = 0.5, 0.9, 2.0  # λ, and the mean of its values
+
+
+class Excess(NamedTuple):
+    """m of some samples.
+
+    Attributes:
+        values, errors: m_k of the resolved shells and their standard errors, ``[shell]``.
+        mean: The mean over the shells, whose error is not that of independent ones.
+    """
+
+    values: Tensor
+    errors: Tensor
+    mean: Mean
 
 
 def calibrate(
@@ -35,14 +51,16 @@ def calibrate(
     overrides: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Find λ with which nothing is missing from the energy of samples, and keep it in the folder of the run. Collective.
+    """Find λ(σ) with which samples have the spectrum of the training data, and keep it in the folder of the run. Collective.
 
-        m(λ) = mean over shells k of ln(E_λ(k) / E(k)),   m(λ*) = 0,
+        m_k(λ) = ln(E_k(λ) / E_k),   λ = argmin Σ_k m_k(λ)² / (e_k² + 0.01²) + Σ_j (λ_j - mean λ)² / 0.1²,
 
-    with E of the training data, over the resolved shells (a third of the points per axis). An eighth of the samples, 8 or more,
-    with the same noise for both, give the slope of m between λ = 1 and 1.05, and a first λ; all of them give m there, and a
-    Newton step with that slope the λ that is kept. The data's spectrum is that in the checkpoint: no reference is seen. Of the
-    chance in m, what Gaussian fields from the same noise have of it is taken out (:mod:`ddpatch.control`).
+    with E_k of the training data, over the resolved shells (a third of the points per axis), e_k the standard error of m_k, and
+    λ_j the values of λ at five noise levels, at equal steps of ln σ from half of the smallest shell's deviation to the largest.
+    A sixteenth of the samples, 8 or more, give m at λ = 1, half of these, from the same noise, its derivatives, and so a first λ;
+    all of them give m there, and a Gauss-Newton step with those derivatives the λ that is kept. The data's spectrum is that in
+    the checkpoint: no reference is seen. Of the chance in m, what Gaussian fields from the same noise have of it is taken out
+    (:mod:`ddpatch.control`).
 
     Arguments:
         folder: Of the run; its newest checkpoint is calibrated.
@@ -52,56 +70,89 @@ def calibrate(
         progress: Called on every rank with the solver steps done and to do.
 
     Returns:
-        What is kept: the sampler's ``setting``; ``level_scale`` and its standard ``error``, that of so many samples; and
-        ``energy``, which is m(1) by that slope.
+        What is kept: the sampler's ``setting``; ``level_scale``; the standard ``error`` of its mean, that of so many samples;
+        ``energy``, the mean over the shells of m at λ = 1; and ``spectrum``, the means of abs(m_k) there and where it is kept,
+        all by those derivatives.
 
     Raises:
-        UserError: if there are fewer than 2 samples, or if they have energies that no scale from 0.9 to 2 mends.
+        UserError: if there are fewer than 2 samples, or if they have energies that no λ mends whose mean is from 0.9 to 2.
     """
     if count < 2:
         raise UserError(f"--count {count}: expected at least 2 samples")
     sampler = Sampler(folder, comm, overrides=overrides)
     settings = sampler.config.sample
     solver, steps = solver or settings.solver, steps or settings.steps
+    few, levels = min(count, max(FEWEST, -(-count // 16))), knots(sampler.field.schedule)
+    paired = min(count, max(PAIRED, few // 2))
+    counts = few, *(paired,) * KNOTS, count
+    todo = [steps * -(-samples // sampler.batch) for samples in counts]
 
-    few = min(count, max(FEWEST, -(-count // 8)))
-    todo = [steps * -(-samples // sampler.batch) for samples in (few, few, count)]
-
-    def energy(trial: int, scale: float) -> Mean:
+    def energies(trial: int, values: Tensor) -> Tensor:
         def of_all(done: int, _: int) -> None:
             progress(sum(todo[:trial]) + done, sum(todo))
 
-        path, forced = folder / f".calibration-{scale:g}.h5", [*overrides, f"sample.noise_scale={scale}"]
-        samples = count if trial == len(todo) - 1 else few
-        told: dict[str, Any] = {"seed": SEED, "overrides": forced, "mode": "gather", "overwrite": True, "progress": of_all}
-        sample(folder, path, samples, comm, solver, steps, **told)
-        found = excess_energy(path, sampler, comm)
+        path, scale = folder / f".calibration-{trial}.h5", LevelScale(tuple(values.tolist()), levels)
+        told: dict[str, Any] = {"seed": SEED, "overrides": overrides, "mode": "gather", "overwrite": True, "progress": of_all}
+        sample(folder, path, counts[trial], comm, solver, steps, level_scale=scale, **told)
+        found = shell_energies(path, sampler.field, comm)
         comm.on_root(lambda: _remove(path))
         return found
 
-    first = energy(0, 1.0).value
-    slope = (energy(1, TRIAL).value - first) / (TRIAL - 1)
-    trial = min(max(1 - first / slope, LEAST), MOST) if slope else MOST
-    last = energy(2, trial)
-    scale = trial - last.value / slope if slope else math.inf
-    if not LEAST <= scale <= MOST:
+    ones = torch.ones(KNOTS, dtype=torch.float64)
+    exact = energies(0, ones)
+    raised = [energies(1 + j, ones + TRIAL * one) for j, one in enumerate(torch.eye(KNOTS, dtype=torch.float64))]
+    slopes = torch.stack([(found.mean(0) / exact[:paired].mean(0)).log() / TRIAL for found in raised], dim=1)
+    first = fit(excess(exact, sampler, comm), slopes, ones).clamp(LOWEST, MOST)
+    last = excess(energies(1 + KNOTS, first), sampler, comm)
+    scale = fit(last, slopes, first)
+    slope = float(slopes.sum(1).mean())
+    before, after = (last.values + slopes @ (values - first) for values in (ones, scale))
+    if not (slope and LEAST <= float(scale.mean()) <= MOST and float(scale.min()) >= LOWEST):
         raise UserError(
-            f"{folder}: the energy of samples is off by {first:+.2f} (logarithm), expected what a noise scale from {LEAST} to "
-            f"{MOST} mends, not {scale:.3g}; train longer"
+            f"{folder}: the energy of samples is off by {float(before.mean()):+.2f} (logarithm), expected what a noise scale "
+            f"from {LEAST} to {MOST} mends, not {float(scale.mean()):.3g}; train longer"
         )
-    found = {SCALE: scale, "error": last.error / abs(slope), "energy": (1 - scale) * slope}
+    found = {
+        SCALE: LevelScale(tuple(scale.tolist()), levels),
+        "error": last.mean.error / abs(slope),
+        "energy": float(before.mean()),
+        "spectrum": [float(m.abs().mean()) for m in (before, after)],
+    }
     kept = {**sampler.setting(solver, steps), **found}
     comm.on_root(lambda: keep(folder / CALIBRATION, kept))
     return kept
 
 
-def excess_energy(path: Path, sampler: Sampler, comm: Communicator) -> Mean:
-    """m of a file of samples, the mean over the resolved shells of ln(E(k) / E(k) of the training data). Collective."""
-    energies = shell_energies(path, sampler.field, comm)
+def knots(schedule: Schedule) -> tuple[float, ...]:
+    """The noise levels at which λ has values of its own: between the smallest shell and the largest, where shells emerge."""
+    low, high = schedule.sigma_min / (2 * MIN_FACTOR), schedule.sigma_max / MAX_FACTOR
+    return tuple(np.geomspace(low, max(low, high), KNOTS).tolist())
+
+
+def fit(found: Excess, slopes: Tensor, values: Tensor) -> Tensor:
+    """A Gauss-Newton step from some values of λ: least squares, held together by how far values may be from their mean.
+
+    Arguments:
+        found: m at these values.
+        slopes: Derivatives of m_k, with shape ``[shell, value]``.
+        values: λ_j, with shape ``[value]``.
+    """
+    weights = 1 / (found.errors.square() + SHELL**2).sqrt()
+    apart = (torch.eye(len(values), dtype=values.dtype) - 1 / len(values)) / SPREAD
+    left = torch.cat([weights[:, None] * slopes, apart])
+    right = torch.cat([-weights * found.values, -apart @ values])
+    return values + torch.linalg.lstsq(left, right).solution
+
+
+def excess(energies: Tensor, sampler: Sampler, comm: Communicator) -> Excess:
+    """m of the first samples of the series, from their energies (:func:`shell_energies`). Collective."""
     samples, shells = range(len(energies)), energies.shape[1]
     known = gaussian_energies(sampler.field, sampler.decomposition, samples, SEED, shells, comm)
-    chance = controlled_mean((energies / energies.mean(0)).mean(1), known.mean(1))
-    return Mean(float(energies.mean(0).log().mean()) + chance.value - 1, chance.error)
+    relative, logs = energies / energies.mean(0), energies.mean(0).log() - 1
+    chance = [controlled_mean(y, z) for y, z in zip(relative.T, known.T, strict=True)]
+    of_all = controlled_mean(relative.mean(1), known.mean(1))
+    values, errors = torch.tensor(chance, dtype=torch.float64).T
+    return Excess(values + logs, errors, Mean(of_all.value + float(logs.mean()), of_all.error))
 
 
 def shell_energies(path: Path, field: Field, comm: Communicator) -> Tensor:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ddpatch.diffusion.level_scale import LevelScale
 from ddpatch.errors import UserError
 from ddpatch.io.volume import replace_when_complete
 
 CALIBRATION = "calibration.json"
-SCALE = "level_scale"  # in that file, where "noise_scale" was a scale of the predicted noise
+SCALE = "level_scale"  # in that file: values and levels of λ(σ), once a number; "noise_scale" was a scale of the predicted noise
 NAMES = {"steps": "number of steps", "levels": "choice of noise levels", "lagged": "value of sample.lagged"}
 
 
 def keep(path: Path, found: Mapping[str, Any]) -> None:
     """Write a calibration, in place of an earlier one."""
+    found = {**found, SCALE: asdict(found[SCALE])}
     with replace_when_complete(path, overwrite=True) as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -32,12 +35,22 @@ def read_calibration(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text())
-        return {"lagged": False, **found, SCALE: float(found[SCALE])}
+        return {"lagged": False, **found, SCALE: _as_scale(found[SCALE])}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: not what ddpatch calibrate writes; run it again, or remove the file") from None
 
 
-def scale_for(setting: Mapping[str, Any], path: Path) -> float:
+def _as_scale(kept: Any) -> LevelScale:
+    """What was kept of a scale; a number stands for the same at all levels."""
+    if not isinstance(kept, Mapping):
+        return LevelScale((float(kept),))
+    values, levels = (tuple(map(float, kept[key])) for key in ("values", "levels"))
+    if not len(values) == len(levels) > 0 or levels[0] <= 0 or sorted(levels) != list(levels):
+        raise ValueError("as many values as ascending levels")
+    return LevelScale(values, levels)
+
+
+def scale_for(setting: Mapping[str, Any], path: Path) -> LevelScale:
     """The scale of noise levels that was found for a setting; 1, and a warning, where it was found for another.
 
     Arguments:
@@ -52,4 +65,4 @@ def scale_for(setting: Mapping[str, Any], path: Path) -> float:
     if found and others:
         told = f"it is of another {NAMES.get(others[0], others[0])}; run ddpatch calibrate again"
         print(f"ddpatch: warning: {path}: not used, for {told}", file=sys.stderr, flush=True)
-    return 1.0 if others else float(found[SCALE])
+    return LevelScale() if others else found[SCALE]

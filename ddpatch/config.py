@@ -168,8 +168,8 @@ class SampleConfig:
     """How samples are drawn: ``solver`` is ``heun`` or ``dpm++2m``, ``steps`` the number of solver steps. ``shift`` lets the
     patches tile the grid from another origin in every evaluation, along periodic axes, where the training did so too, at the cost
     of exchanging half a patch along every axis twice. The noise level that the network is told is divided by ``noise_scale``,
-    less so where there is much noise (:class:`ddpatch.diffusion.solvers.Solver`); ``null`` takes what ``ddpatch calibrate``
-    found for the checkpoint, or 1.
+    less so where there is much noise (:class:`ddpatch.diffusion.level_scale.LevelScale`); ``null`` takes what ``ddpatch
+    calibrate`` found for the checkpoint, or 1.
     ``lagged`` lets the coarse level speak of the evaluation before, so that the gather of tokens goes on while patches are
     decoded and encoded; the tiling stays where it is then. ``batch`` samples are drawn at a time, ``null`` as many as
     a step of the training has. ``on_host`` keeps the fields of a solver in host memory: with ``execution.patches_at_once`` a

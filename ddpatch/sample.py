@@ -13,7 +13,8 @@ from torch import Tensor
 from ddpatch import __version__
 from ddpatch.calibration import CALIBRATION, scale_for
 from ddpatch.config import Config
-from ddpatch.diffusion.solvers import Denoise, make_solver
+from ddpatch.diffusion.level_scale import LevelScale
+from ddpatch.diffusion.solvers import EXACT, Denoise, make_solver
 from ddpatch.errors import Left, UserError
 from ddpatch.execution import (
     check_compiler,
@@ -118,7 +119,7 @@ class Sampler:
         solver: str,
         steps: int,
         shift: bool = False,
-        noise_scale: float = 1.0,
+        level_scale: LevelScale = EXACT,
         progress: Progress = lambda done: None,
     ) -> Tensor:
         """Own patches of some samples in physical units. Collective.
@@ -129,7 +130,7 @@ class Sampler:
             solver: Name of the solver.
             steps: Number of solver steps.
             shift: Move the tiling, where :attr:`movable`.
-            noise_scale: By which the solver divides the noise level that the denoiser is told.
+            level_scale: What the denoiser is told of the noise level.
             progress: Called after every step with the number of steps done.
 
         Returns:
@@ -138,7 +139,7 @@ class Sampler:
         sigmas = self.field.schedule.steps(steps)
         denoise = MovingTiling(self.denoise, self.coupling, seed) if shift and self.movable else self.denoise
         x = self.noise(samples, seed).to("cpu" if self.config.sample.on_host else self.device).mul_(float(sigmas[0]))
-        for done, state in enumerate(make_solver(solver, denoise, noise_scale).trajectory(x, sigmas), start=1):
+        for done, state in enumerate(make_solver(solver, denoise, level_scale).trajectory(x, sigmas), start=1):
             x = state
             progress(done)
         if self.lag is not None:
@@ -177,13 +178,13 @@ class Sampler:
             "lagged": self.config.sample.lagged,
         }
 
-    def noise_scale(self, solver: str, steps: int) -> float:
+    def level_scale(self, solver: str, steps: int) -> LevelScale:
         """That of the configuration, or what calibration found for this :meth:`setting`, or 1. Collective.
 
         Where calibration was of another setting there is a warning.
         """
         if self.config.sample.noise_scale:
-            return self.config.sample.noise_scale
+            return LevelScale((self.config.sample.noise_scale,))
         wanted, path = self.setting(solver, steps), self.folder / CALIBRATION
         return self.comm.on_root(lambda: scale_for(wanted, path))
 
@@ -222,6 +223,7 @@ def sample(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     time_limit: float | None = None,
+    level_scale: LevelScale | None = None,
 ) -> None:
     """Draw samples from a trained run into one file, with an XDMF sidecar. Collective.
 
@@ -239,6 +241,7 @@ def sample(
         overwrite: Replace an existing file.
         progress: Called on every rank with the solver steps done and to do, all samples together.
         time_limit: Seconds after which to leave.
+        level_scale: What the denoiser is told of the noise level. Default: :meth:`Sampler.level_scale`.
 
     Raises:
         Left: on all ranks, after a signal to one of them or at the end of the time, when a batch is on the disk.
@@ -251,8 +254,9 @@ def sample(
     solver, steps = solver or defaults.solver, steps or defaults.steps
     shift = (defaults.shift if shift is None else shift) and sampler.movable
     batch, total = sampler.batch, -(-count // sampler.batch) * steps
-    scale = sampler.noise_scale(solver, steps)
-    header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift, noise_scale=scale)
+    scale = level_scale or sampler.level_scale(solver, steps)
+    told = {"noise_scale": list(scale.values), "noise_scale_levels": list(scale.levels)}
+    header = sampler.header(count, seed=seed, solver=solver, steps=steps, shift=shift, **told)
     mode = mode or sampler.config.output.mode
     with Notice(time_limit) as notice, open_writer(output, header, sampler.decomposition, comm, mode, overwrite) as writer:
         for start in range(0, count, batch):

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ddpatch.diffusion.level_scale import LevelScale
 from ddpatch.diffusion.schedule import log_snr
 from ddpatch.errors import UserError, nearest
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
+EXACT = LevelScale()  # the denoiser is told of the noise that there is
 
 
 class Solver(ABC):
@@ -23,17 +25,14 @@ class Solver(ABC):
 
     Arguments:
         denoise: D(x, σ), with shapes ``[sample, *]`` and ``[sample]``.
-        noise_scale: λ. At noise level σ the denoiser is told σ / (1 + (λ - 1) c_in), c_in = 1 / sqrt(1 + σ²). Trajectories of a
-            trained denoiser lose energy; told of less noise it leaves them more (Li et al., "Alleviating exposure bias in
-            diffusion models through sampling with shifted time steps", ICLR 2024), the more the less noise there is beside
-            the data.
+        level_scale: What the denoiser is told of the noise level.
     """
 
     name: str
     evaluations_per_step: int
 
-    def __init__(self, denoise: Denoise, noise_scale: float = 1.0) -> None:
-        self._denoise, self._noise_scale = denoise, noise_scale
+    def __init__(self, denoise: Denoise, level_scale: LevelScale = EXACT) -> None:
+        self._denoise, self._level_scale = denoise, level_scale
         self.evaluations = 0
 
     @abstractmethod
@@ -61,8 +60,7 @@ class Solver(ABC):
     def denoise(self, x: Tensor, sigma: float) -> Tensor:
         """D(x; σ) at one noise level for all samples, counted."""
         self.evaluations += 1
-        told = sigma / (1 + (self._noise_scale - 1) / math.sqrt(1 + sigma**2))
-        return self._denoise(x, torch.full((len(x),), told, dtype=torch.float64, device=x.device))
+        return self._denoise(x, torch.full((len(x),), self._level_scale.told(sigma), dtype=torch.float64, device=x.device))
 
 
 class Heun(Solver):
@@ -113,7 +111,7 @@ class DPMSolverPP2M(Solver):
 SOLVERS: dict[str, type[Solver]] = {solver.name: solver for solver in (Heun, DPMSolverPP2M)}
 
 
-def make_solver(name: str, denoise: Denoise, noise_scale: float = 1.0) -> Solver:
+def make_solver(name: str, denoise: Denoise, level_scale: LevelScale = EXACT) -> Solver:
     """The solver of that name.
 
     Raises:
@@ -121,4 +119,4 @@ def make_solver(name: str, denoise: Denoise, noise_scale: float = 1.0) -> Solver
     """
     if name not in SOLVERS:
         raise UserError(f"solver: expected one of {', '.join(SOLVERS)}, got '{name}'{nearest(name, SOLVERS)}")
-    return SOLVERS[name](denoise, noise_scale)
+    return SOLVERS[name](denoise, level_scale)

@@ -14,6 +14,7 @@ import torch
 from problems import small_config, write_fields
 
 from ddpatch.calibrate import calibrate
+from ddpatch.diffusion.level_scale import LevelScale
 from ddpatch.diffusion.solvers import make_solver
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
@@ -36,7 +37,7 @@ def test_the_scale_undoes_noise_that_is_taken_for_more(comm: Communicator, solve
         return exact(x, sigma * float((sigmas / told)[(told - sigma[0]).abs().argmin()]))
 
     expected = make_solver(solver, exact).solve(noise, sigmas)
-    torch.testing.assert_close(make_solver(solver, too_much, 1.03).solve(noise, sigmas), expected)
+    torch.testing.assert_close(make_solver(solver, too_much, LevelScale((1.03,))).solve(noise, sigmas), expected)
     assert make_solver(solver, too_much).solve(noise, sigmas).var() < 0.99 * expected.var()
 
 
@@ -62,7 +63,8 @@ def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path
     with monkeypatch.context() as patched:
         take_noise_for(patched, 0.05)
         found = calibrate(shared_path / "run", comm, count=16, steps=10)
-    assert found["level_scale"] == pytest.approx(right["level_scale"] + 0.05, abs=5e-3)
+    assert found["level_scale"].levels == right["level_scale"].levels
+    assert found["level_scale"].values == pytest.approx([v + 0.05 for v in right["level_scale"].values], abs=5e-3)
     assert found["energy"] < right["energy"] - 0.005
     take_noise_for(monkeypatch, -0.5)
     with pytest.raises(UserError, match=r"energy of samples is off by \+.*, expected what a noise scale from 0.9 to 2.0 mends"):
@@ -71,10 +73,10 @@ def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path
     assert not list((shared_path / "run").glob(".calibration*"))
 
 
-def scale_and_warnings(sampler: Sampler, steps: int) -> tuple[float, list[str]]:
+def scale_and_warnings(sampler: Sampler, steps: int) -> tuple[LevelScale, list[str]]:
     """The scale for some steps of Heun's method, and what every rank says of it."""
     with redirect_stderr(StringIO()) as said:
-        scale = sampler.noise_scale("heun", steps)
+        scale = sampler.level_scale("heun", steps)
     return scale, sampler.comm.gather(said.getvalue())
 
 
@@ -84,23 +86,23 @@ def test_sampling_takes_what_was_calibrated_for_its_checkpoint_and_levels(comm: 
     run, kept = shared_path / "run", shared_path / "run" / "calibration.json"
     train(small_config(data, "float32", train={"steps": 1}), run, comm)
     sampler, nothing = Sampler(run, comm), [""] * comm.size
-    assert scale_and_warnings(sampler, 3) == (1.0, nothing)
+    assert scale_and_warnings(sampler, 3) == (LevelScale(), nothing)
     comm.on_root(lambda: kept.write_text(json.dumps({**sampler.setting("heun", 3), "level_scale": 1.02})))
-    assert scale_and_warnings(sampler, 3) == (1.02, nothing)
+    assert scale_and_warnings(sampler, 3) == (LevelScale((1.02,)), nothing)
     scale, warnings = scale_and_warnings(sampler, 4)
-    assert scale == 1.0 and warnings[1:] == nothing[1:]
+    assert scale == LevelScale() and warnings[1:] == nothing[1:]
     assert "calibration.json: not used, for it is of another number of steps; run ddpatch calibrate again" in warnings[0]
     sample(run, shared_path / "samples.h5", 1, comm, "heun", 3)
     with h5py.File(shared_path / "samples.h5") as file:
-        assert file["fields"].attrs["noise_scale"] == 1.02
-    assert Sampler(run, comm, overrides=["sample.noise_scale=1.5"]).noise_scale("heun", 3) == 1.5
+        assert file["fields"].attrs["noise_scale"].tolist() == [1.02]
+    assert Sampler(run, comm, overrides=["sample.noise_scale=1.5"]).level_scale("heun", 3) == LevelScale((1.5,))
     comm.barrier()
     earlier = {**sampler.setting("heun", 3), "levels": [8.0, 1.0, 0.3, 0.0], "level_scale": 1.02}
     comm.on_root(lambda: kept.write_text(json.dumps(earlier)))
     scale, warnings = scale_and_warnings(sampler, 3)
-    assert scale == 1.0 and "of another choice of noise levels" in warnings[0]
+    assert scale == LevelScale() and "of another choice of noise levels" in warnings[0]
     for mistaken in ("{}}", '{"checkpoint": "of an earlier version", "noise_scale": 1.02}'):
         comm.barrier()
         comm.on_root(partial(kept.write_text, mistaken))
         with pytest.raises(UserError, match=r"calibration\.json: not what ddpatch calibrate writes"):
-            sampler.noise_scale("heun", 3)
+            sampler.level_scale("heun", 3)
