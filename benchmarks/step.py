@@ -3,12 +3,13 @@
     python benchmarks/step.py                          # about 20 minutes on two cores; needs them to itself
     python benchmarks/step.py --grid 128 --rounds 2    # eight times as long a round
 
-The monolith is the same encoder, bottleneck and decoder on the whole volume as one patch, without tokens and transformer. Every
-rank has one thread. Runs alternate, so that a drift of the machine's speed hits all alike; figures are medians, ratios are taken
-within a round. The share of the peak is that of the operations of convolutions and matrix products (ddpatch/ledger.py; with
-those that groups repeat) per second, of those of the faster of a product of two square matrices and a convolution of many
-channels in the same type, measured in between: the libraries of both do not use the same instructions on every processor. The
-report goes to benchmarks/results/.
+The monolith is the same encoder, bottleneck and decoder on the whole volume as one patch, without tokens and transformer, and
+with zeros beyond the volume; "periodic" is the coupling "u-net", whose convolutions close on themselves as the field does,
+which patches of either coupling do through their halo. Every rank has one thread. Runs alternate, so that a drift of the
+machine's speed hits all alike; figures are medians, ratios are taken within a round. The share of the peak is that of the
+operations of convolutions and matrix products (ddpatch/ledger.py; with those that groups repeat) per second, of those of the
+faster of a product of two square matrices and a convolution of many channels in the same type, measured in between: the
+libraries of both do not use the same instructions on every processor. The report goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -70,11 +71,13 @@ class Run:
         return build(tree, "benchmark")
 
 
-MONOLITH, PATCHES, PARALLEL = "monolith", "two-level", "two-level, 2 ranks"
+MONOLITH, PERIODIC = "monolith", "monolith, periodic"
+PATCHES, PARALLEL = "two-level", "two-level, 2 ranks"
 FINE = "two-level without coarse level"
 LOWER, COMPILED, WHOLE_COMPILED = "two-level, bfloat16", "two-level, bfloat16, compiled", "monolith, compiled"
 RUNS = {
     MONOLITH: Run(1, "halo", 1),
+    PERIODIC: Run(1, "u-net", 1),
     "monolith, bfloat16": Run(1, "halo", 1, "bfloat16"),
     PATCHES: Run(1, "two-level", 2),
     FINE: Run(1, "halo", 2),
@@ -86,6 +89,7 @@ RUNS = {
 }
 RATIOS: tuple[tuple[str, str, float | None], ...] = (  # one run over another, and the bar, if any
     (PATCHES, MONOLITH, 1.0),
+    (PATCHES, PERIODIC, None),
     (FINE, MONOLITH, None),
     (LOWER, MONOLITH, 0.5),
     (COMPILED, WHOLE_COMPILED, 0.5),

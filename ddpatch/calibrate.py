@@ -25,8 +25,9 @@ SEED = 0  # of the noise
 KNOTS = 5  # values of λ
 TRIAL = 0.05  # by which each of them is raised in turn
 FEWEST, PAIRED = 8, 4  # samples that tell m at λ = 1, and what raising does to it
-SHELL, SPREAD = 0.01, 0.1  # what a shell may be off by besides chance; how far values of λ may be from their mean
-LOWEST, LEAST, MOST = 0.5, 0.9, 2.0  # λ, and the mean of its values
+SHELL, SLOPE = 0.01, 0.1  # what a shell may be off by besides chance, and by how much of itself: derivatives are not exact
+SPREAD, LOWEST, MOST = 0.1, 0.5, 2.0  # how far values of λ may be from their mean, and their bounds
+LEAST = 0.9  # mean of the values
 
 
 class Excess(NamedTuple):
@@ -53,10 +54,12 @@ def calibrate(
 ) -> dict[str, Any]:
     """Find λ(σ) with which samples have the spectrum of the training data, and keep it in the folder of the run. Collective.
 
-        m_k(λ) = ln(E_k(λ) / E_k),   λ = argmin Σ_k m_k(λ)² / (e_k² + 0.01²) + Σ_j (λ_j - mean λ)² / 0.1²,
+        m_k(λ) = ln(E_k(λ) / E_k),   λ = argmin Σ_k m_k(λ)² / ε_k² + Σ_j (λ_j - mean λ)² / 0.1²,   0.5 ≤ λ_j ≤ 2,
 
-    with E_k of the training data, over the resolved shells (a third of the points per axis), e_k the standard error of m_k, and
-    λ_j the values of λ at five noise levels, at equal steps of ln σ from half of the smallest shell's deviation to the largest.
+    with E_k of the training data, over the resolved shells (a third of the points per axis), and λ_j the values of λ at five
+    noise levels, at equal steps of ln σ from half of the smallest shell's deviation to the largest. ε_k² = e_k² + (0.01 + 0.1
+    abs(m_k))², with m_k and its standard error e_k where the step begins: shells that are far off, as of networks that do not
+    see the largest ones, are not to be mended at the expense of all others.
     A sixteenth of the samples, 8 or more, give m at λ = 1, half of these, from the same noise, its derivatives, and so a first λ;
     all of them give m there, and a Gauss-Newton step with those derivatives the λ that is kept. The data's spectrum is that in
     the checkpoint: no reference is seen. Of the chance in m, what Gaussian fields from the same noise have of it is taken out
@@ -102,12 +105,12 @@ def calibrate(
     exact = energies(0, ones)
     raised = [energies(1 + j, ones + TRIAL * one) for j, one in enumerate(torch.eye(KNOTS, dtype=torch.float64))]
     slopes = torch.stack([(found.mean(0) / exact[:paired].mean(0)).log() / TRIAL for found in raised], dim=1)
-    first = fit(excess(exact, sampler, comm), slopes, ones).clamp(LOWEST, MOST)
+    first = fit(excess(exact, sampler, comm), slopes, ones)
     last = excess(energies(1 + KNOTS, first), sampler, comm)
     scale = fit(last, slopes, first)
     slope = float(slopes.sum(1).mean())
     before, after = (last.values + slopes @ (values - first) for values in (ones, scale))
-    if not (slope and LEAST <= float(scale.mean()) <= MOST and float(scale.min()) >= LOWEST):
+    if not (slope and LEAST <= float(scale.mean()) < MOST):
         raise UserError(
             f"{folder}: the energy of samples is off by {float(before.mean()):+.2f} (logarithm), expected what a noise scale "
             f"from {LEAST} to {MOST} mends, not {float(scale.mean()):.3g}; train longer"
@@ -130,18 +133,26 @@ def knots(schedule: Schedule) -> tuple[float, ...]:
 
 
 def fit(found: Excess, slopes: Tensor, values: Tensor) -> Tensor:
-    """A Gauss-Newton step from some values of λ: least squares, held together by how far values may be from their mean.
+    """A Gauss-Newton step from some values of λ: least squares within bounds, held together by how far values may be from their
+    mean.
 
     Arguments:
         found: m at these values.
         slopes: Derivatives of m_k, with shape ``[shell, value]``.
         values: λ_j, with shape ``[value]``.
     """
-    weights = 1 / (found.errors.square() + SHELL**2).sqrt()
+    weights = 1 / (found.errors.square() + (SHELL + SLOPE * found.values.abs()).square()).sqrt()
     apart = (torch.eye(len(values), dtype=values.dtype) - 1 / len(values)) / SPREAD
     left = torch.cat([weights[:, None] * slopes, apart])
-    right = torch.cat([-weights * found.values, -apart @ values])
-    return values + torch.linalg.lstsq(left, right).solution
+    right = torch.cat([weights * (slopes @ values - found.values), torch.zeros_like(values)])
+    best, free = values.clone(), torch.ones_like(values, dtype=torch.bool)
+    while free.any():  # what comes out of bounds stays there
+        best[free] = torch.linalg.lstsq(left[:, free], right - left[:, ~free] @ best[~free]).solution
+        inside = (best >= LOWEST) & (best <= MOST)
+        best, free = best.clamp(LOWEST, MOST), free & inside
+        if inside.all():
+            break
+    return best
 
 
 def excess(energies: Tensor, sampler: Sampler, comm: Communicator) -> Excess:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ddpatch.diffusion.average import AveragedModel
 from ddpatch.diffusion.denoiser import Denoiser
+from ddpatch.diffusion.level_scale import LevelScale
 from ddpatch.diffusion.schedule import Schedule, sigma_range
 from ddpatch.diffusion.solvers import SOLVERS, make_solver
 from ddpatch.diffusion.weighting import RelativeError
@@ -129,6 +130,14 @@ def test_every_shell_has_as_much_of_the_training_levels() -> None:
     for shell in (0.1, 50.0):
         near = (levels - math.log(shell)).abs() < math.log(3)  # W (1 - W) holds tanh(ln 3) = 0.8 there
         assert float(near.double().mean()) == pytest.approx(0.45 * 0.8 + 0.1 * 2 * math.log(3) / span, abs=0.01)
+
+
+def test_the_level_that_is_told_follows_values_along_the_logarithm() -> None:
+    scale = LevelScale((1.2, 1.0, 0.9), (0.01, 0.1, 1.0))
+    for sigma, value in ((0.001, 1.2), (0.01, 1.2), (math.sqrt(0.001), 1.1), (0.1, 1.0), (1.0, 0.9), (50.0, 0.9)):
+        assert scale.told(sigma) == pytest.approx(sigma / (1 + (value - 1) / math.sqrt(1 + sigma**2)))
+    assert scale.mean == pytest.approx(3.1 / 3)
+    assert LevelScale().told(0.3) == 0.3
 
 
 def test_sampling_levels_descend_from_the_range_to_zero() -> None:

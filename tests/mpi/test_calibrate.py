@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from functools import partial
 from io import StringIO
@@ -41,14 +43,14 @@ def test_the_scale_undoes_noise_that_is_taken_for_more(comm: Communicator, solve
     assert make_solver(solver, too_much).solve(noise, sigmas).var() < 0.99 * expected.var()
 
 
-def take_noise_for(monkeypatch: pytest.MonkeyPatch, more: float) -> None:
-    """From here on samplers take σ for σ (1 + more c_in)."""
+def take_noise_for(monkeypatch: pytest.MonkeyPatch, more: Callable[[float], float]) -> None:
+    """From here on samplers take σ for σ (1 + more(σ) c_in)."""
     made = Sampler.__init__
 
     def mistaken(self: Sampler, *args: object, **options: object) -> None:
         made(self, *args, **options)  # type: ignore[arg-type]
         exact = self.denoise
-        self.denoise = lambda x, sigma: exact(x, sigma * (1 + more / (1 + sigma.square()).sqrt()))  # type: ignore[assignment]
+        self.denoise = lambda x, sigma: exact(x, sigma * (1 + more(float(sigma[0])) / (1 + sigma.square()).sqrt()))  # type: ignore[assignment]
 
     monkeypatch.setattr(Sampler, "__init__", mistaken)
 
@@ -61,16 +63,32 @@ def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path
     train(small_config(data, "float32", train={"steps": 1, "batch": 8}, model={"halo": 4}), shared_path / "run", comm)
     right = calibrate(shared_path / "run", comm, count=16, steps=10)
     with monkeypatch.context() as patched:
-        take_noise_for(patched, 0.05)
+        take_noise_for(patched, lambda sigma: 0.05)
         found = calibrate(shared_path / "run", comm, count=16, steps=10)
     assert found["level_scale"].levels == right["level_scale"].levels
     assert found["level_scale"].values == pytest.approx([v + 0.05 for v in right["level_scale"].values], abs=5e-3)
     assert found["energy"] < right["energy"] - 0.005
-    take_noise_for(monkeypatch, -0.5)
+    take_noise_for(monkeypatch, lambda sigma: -0.5)
     with pytest.raises(UserError, match=r"energy of samples is off by \+.*, expected what a noise scale from 0.9 to 2.0 mends"):
         calibrate(shared_path / "run", comm, count=16, steps=10)
     comm.barrier()
     assert not list((shared_path / "run").glob(".calibration*"))
+
+
+def test_the_spectrum_comes_back_where_the_denoiser_loses_it(
+    comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is lost at low noise only, in the smaller shells, is found there: one number for all levels would spread it."""
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5", samples=32))
+    train(small_config(data, "float32", train={"steps": 1, "batch": 8}, model={"halo": 4}), shared_path / "run", comm)
+    right = calibrate(shared_path / "run", comm, count=16, steps=20)
+    levels = right["level_scale"].levels
+    middle = math.sqrt(levels[0] * levels[-1])
+    take_noise_for(monkeypatch, lambda sigma: 0.2 if sigma < middle else 0.0)
+    found = calibrate(shared_path / "run", comm, count=16, steps=20)
+    more = [b - a for a, b in zip(right["level_scale"].values, found["level_scale"].values, strict=True)]
+    assert min(more[:2]) > 0.1 and max(map(abs, more[3:])) < 0.06
+    assert found["spectrum"][1] < 0.3 * found["spectrum"][0]
 
 
 def scale_and_warnings(sampler: Sampler, steps: int) -> tuple[LevelScale, list[str]]:
@@ -101,7 +119,9 @@ def test_sampling_takes_what_was_calibrated_for_its_checkpoint_and_levels(comm: 
     comm.on_root(lambda: kept.write_text(json.dumps(earlier)))
     scale, warnings = scale_and_warnings(sampler, 3)
     assert scale == LevelScale() and "of another choice of noise levels" in warnings[0]
-    for mistaken in ("{}}", '{"checkpoint": "of an earlier version", "noise_scale": 1.02}'):
+    apart = '{"level_scale": {"values": [1.02, 1.01], "levels": [1.0]}}'
+    descending = '{"level_scale": {"values": [1.02, 1.01], "levels": [1.0, 0.5]}}'
+    for mistaken in ("{}}", '{"checkpoint": "of an earlier version", "noise_scale": 1.02}', apart, descending):
         comm.barrier()
         comm.on_root(partial(kept.write_text, mistaken))
         with pytest.raises(UserError, match=r"calibration\.json: not what ddpatch calibrate writes"):
