@@ -14,7 +14,7 @@ from ddpatch.calibration import CALIBRATION, SCALE, keep
 from ddpatch.control import Mean, controlled_mean, gaussian_energies
 from ddpatch.data.fields import FieldFile
 from ddpatch.diffusion.level_scale import LevelScale
-from ddpatch.diffusion.schedule import MAX_FACTOR, MIN_FACTOR, Schedule
+from ddpatch.diffusion.schedule import MAX_FACTOR, MIN_FACTOR, ROUND_OFF, Schedule
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import Field
@@ -78,52 +78,88 @@ def calibrate(
         all by those derivatives.
 
     Raises:
-        UserError: if there are fewer than 2 samples, or if they have energies that no λ mends whose mean is from 0.9 to 2.
+        UserError: if there are fewer than 2 samples, if they are not finite, or if they have energies that no λ mends whose mean
+            is from 0.9 to 2.
     """
     if count < 2:
         raise UserError(f"--count {count}: expected at least 2 samples")
     sampler = Sampler(folder, comm, overrides=overrides)
-    settings = sampler.config.sample
+    settings, levels = sampler.config.sample, knots(sampler.field.schedule)
     solver, steps = solver or settings.solver, steps or settings.steps
-    few, levels = min(count, max(FEWEST, -(-count // 16))), knots(sampler.field.schedule)
+    few = min(count, max(FEWEST, -(-count // 16)))
     paired = min(count, max(PAIRED, few // 2))
-    counts = few, *(paired,) * KNOTS, count
-    todo = [steps * -(-samples // sampler.batch) for samples in counts]
-
-    def energies(trial: int, values: Tensor) -> Tensor:
-        def of_all(done: int, _: int) -> None:
-            progress(sum(todo[:trial]) + done, sum(todo))
-
-        path, scale = folder / f".calibration-{trial}.h5", LevelScale(tuple(values.tolist()), levels)
-        told: dict[str, Any] = {"seed": SEED, "overrides": overrides, "mode": "gather", "overwrite": True, "progress": of_all}
-        sample(folder, path, counts[trial], comm, solver, steps, level_scale=scale, **told)
-        found = shell_energies(path, sampler.field, comm)
-        comm.on_root(lambda: _remove(path))
-        return found
-
+    trials = Trials(sampler, solver, steps, overrides, levels, [few, *[paired] * KNOTS, count], progress)
     ones = torch.ones(KNOTS, dtype=torch.float64)
-    exact = energies(0, ones)
-    raised = [energies(1 + j, ones + TRIAL * one) for j, one in enumerate(torch.eye(KNOTS, dtype=torch.float64))]
+    exact = trials.draw(ones)
+    raised = [trials.draw(ones + TRIAL * one) for one in torch.eye(KNOTS, dtype=torch.float64)]
     slopes = torch.stack([(found.mean(0) / exact[:paired].mean(0)).log() / TRIAL for found in raised], dim=1)
-    first = fit(excess(exact, sampler, comm), slopes, ones)
-    last = excess(energies(1 + KNOTS, first), sampler, comm)
-    scale = fit(last, slopes, first)
-    slope = float(slopes.sum(1).mean())
+    if not (exact.isfinite().all() and slopes.isfinite().all()):
+        raise UserError(f"{folder}: samples are not finite numbers, expected fields; train longer")
+    first = fit(excess(exact, sampler), slopes, ones)
+    last = excess(trials.draw(first), sampler)
+    scale, slope = fit(last, slopes, first), float(slopes.sum(1).mean())
     before, after = (last.values + slopes @ (values - first) for values in (ones, scale))
     if not (slope and LEAST <= float(scale.mean()) < MOST):
         raise UserError(
             f"{folder}: the energy of samples is off by {float(before.mean()):+.2f} (logarithm), expected what a noise scale "
             f"from {LEAST} to {MOST} mends, not {float(scale.mean()):.3g}; train longer"
         )
-    found = {
+    kept = {
+        **sampler.setting(solver, steps),
         SCALE: LevelScale(tuple(scale.tolist()), levels),
         "error": last.mean.error / abs(slope),
         "energy": float(before.mean()),
         "spectrum": [float(m.abs().mean()) for m in (before, after)],
     }
-    kept = {**sampler.setting(solver, steps), **found}
     comm.on_root(lambda: keep(folder / CALIBRATION, kept))
     return kept
+
+
+class Trials:
+    """Samples of a run from the same noise, at one λ after the other.
+
+    Arguments:
+        sampler: Of the run.
+        solver, steps, overrides: As for :func:`ddpatch.sample.sample`.
+        levels: Noise levels at which λ has values.
+        counts: Samples of every trial.
+        progress: Called on every rank with the solver steps done and to do.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        solver: str,
+        steps: int,
+        overrides: Sequence[str],
+        levels: tuple[float, ...],
+        counts: Sequence[int],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.sampler, self.solver, self.steps, self.overrides, self.levels = sampler, solver, steps, overrides, levels
+        self.progress, self.counts, self.drawn = progress, list(counts), 0
+        self.todo = [steps * -(-samples // sampler.batch) for samples in counts]
+
+    def draw(self, values: Tensor) -> Tensor:
+        """The energies of the next trial in all shells that the data hold, with shape ``[sample, shell]``. Collective."""
+        folder, comm, trial = self.sampler.folder, self.sampler.comm, self.drawn
+        path, scale = folder / f".calibration-{trial}.h5", LevelScale(tuple(values.tolist()), self.levels)
+        told: dict[str, Any] = {"seed": SEED, "overrides": self.overrides, "mode": "gather", "overwrite": True}
+        told |= {"progress": self._report, "level_scale": scale}
+        sample(folder, path, self.counts[trial], comm, self.solver, self.steps, **told)
+        found = shell_energies(path, self.sampler.field, comm)
+        comm.on_root(lambda: _remove(path))
+        self.drawn += 1
+        return found[:, held(self.sampler.field, found.shape[1])]
+
+    def _report(self, done: int, _: int) -> None:
+        self.progress(sum(self.todo[: self.drawn]) + done, sum(self.todo))
+
+
+def held(field: Field, shells: int) -> Tensor:
+    """Numbers, from 0 for wave number 1, of the shells of which single-precision data hold more than round-off."""
+    deviation = torch.tensor(field.spectrum[0], dtype=torch.float64)[1 : shells + 1]
+    return (deviation > ROUND_OFF * max(field.spectrum[0])).nonzero()[:, 0]
 
 
 def knots(schedule: Schedule) -> tuple[float, ...]:
@@ -155,10 +191,10 @@ def fit(found: Excess, slopes: Tensor, values: Tensor) -> Tensor:
     return best
 
 
-def excess(energies: Tensor, sampler: Sampler, comm: Communicator) -> Excess:
-    """m of the first samples of the series, from their energies (:func:`shell_energies`). Collective."""
-    samples, shells = range(len(energies)), energies.shape[1]
-    known = gaussian_energies(sampler.field, sampler.decomposition, samples, SEED, shells, comm)
+def excess(energies: Tensor, sampler: Sampler) -> Excess:
+    """m of the first samples of the series, from their energies (:meth:`Trials.draw`). Collective."""
+    field, last = sampler.field, min(sampler.decomposition.grid_shape) // 3
+    known = gaussian_energies(field, sampler.decomposition, range(len(energies)), SEED, last, sampler.comm)[:, held(field, last)]
     relative, logs = energies / energies.mean(0), energies.mean(0).log() - 1
     chance = [controlled_mean(y, z) for y, z in zip(relative.T, known.T, strict=True)]
     of_all = controlled_mean(relative.mean(1), known.mean(1))

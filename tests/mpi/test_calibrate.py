@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import redirect_stderr
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -13,9 +14,9 @@ from pathlib import Path
 import h5py
 import pytest
 import torch
-from problems import small_config, write_fields
+from problems import field_of, small_config, write_fields
 
-from ddpatch.calibrate import calibrate
+from ddpatch.calibrate import calibrate, held
 from ddpatch.diffusion.level_scale import LevelScale
 from ddpatch.diffusion.solvers import make_solver
 from ddpatch.errors import UserError
@@ -89,6 +90,20 @@ def test_the_spectrum_comes_back_where_the_denoiser_loses_it(
     more = [b - a for a, b in zip(right["level_scale"].values, found["level_scale"].values, strict=True)]
     assert min(more[:2]) > 0.1 and max(map(abs, more[3:])) < 0.06
     assert found["spectrum"][1] < 0.3 * found["spectrum"][0]
+
+
+def test_samples_that_are_not_finite_are_refused(comm: Communicator, shared_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = comm.on_root(lambda: write_fields(shared_path / "data.h5"))
+    train(small_config(data, "float32", train={"steps": 1}), shared_path / "run", comm)
+    monkeypatch.setattr("ddpatch.calibrate.shell_energies", lambda path, field, comm: torch.full((8, 5), math.nan))
+    with pytest.raises(UserError, match="samples are not finite numbers, expected fields"):
+        calibrate(shared_path / "run", comm, count=8, steps=3)
+
+
+def test_only_shells_that_the_data_hold_are_asked() -> None:
+    field = field_of(torch.ones(4, 4, dtype=torch.float64), 1, (1, 1), (1, 1))
+    field = replace(field, spectrum=((0.0, 2.0, 1e-6, 0.0, 1.0), (1.0,) * 5))
+    assert held(field, 4).tolist() == [0, 3]
 
 
 def scale_and_warnings(sampler: Sampler, steps: int) -> tuple[LevelScale, list[str]]:

@@ -68,7 +68,7 @@ def test_it_takes_most_of_the_chance_out_of_the_energy_of_samples(comm: Communic
     train(small_config(data, "float32", train={"steps": 1, "batch": 8}, model={"halo": 4}), shared_path / "run", comm)
     sample(shared_path / "run", shared_path / "samples.h5", 16, comm, "dpm++2m", 10, seed=SEED)
     sampler = Sampler(shared_path / "run", comm)
-    controlled = excess(shell_energies(shared_path / "samples.h5", sampler.field, comm), sampler, comm).mean
+    controlled = excess(shell_energies(shared_path / "samples.h5", sampler.field, comm), sampler).mean
     with FieldFile(shared_path / "samples.h5") as file:
         fields = np.stack([file.read(k, (0, 0), (16, 24)) for k in range(16)])
     modes = np.abs(np.fft.fft2(fields)) ** 2
