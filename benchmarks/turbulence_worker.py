@@ -23,8 +23,8 @@ from turbulence_page import DISTANCES, FACTS, GIVEN
 from ddpatch.calibration import CALIBRATION, read_calibration
 from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import Decomposition
-from ddpatch.diffusion.level_scale import LevelScale
-from ddpatch.diffusion.solvers import EXACT, Denoise
+from ddpatch.diffusion.level_scale import EXACT, LevelScale
+from ddpatch.diffusion.solvers import Denoise
 from ddpatch.evaluate import compare_fields
 from ddpatch.io.volume import write_volume
 from ddpatch.log import peak_memory

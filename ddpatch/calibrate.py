@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,8 +94,6 @@ def calibrate(
     exact = trials.draw(ones)
     raised = [trials.draw(ones + TRIAL * one) for one in torch.eye(KNOTS, dtype=torch.float64)]
     slopes = torch.stack([(found.mean(0) / exact[:paired].mean(0)).log() / TRIAL for found in raised], dim=1)
-    if not (exact.isfinite().all() and slopes.isfinite().all()):
-        raise UserError(f"{folder}: samples are not finite numbers, expected fields; train longer")
     first = fit(excess(exact, sampler), slopes, ones)
     last = excess(trials.draw(first), sampler)
     scale, slope = fit(last, slopes, first), float(slopes.sum(1).mean())
@@ -115,6 +114,7 @@ def calibrate(
     return kept
 
 
+@dataclass
 class Trials:
     """Samples of a run from the same noise, at one λ after the other.
 
@@ -124,36 +124,36 @@ class Trials:
         levels: Noise levels at which λ has values.
         counts: Samples of every trial.
         progress: Called on every rank with the solver steps done and to do.
+        drawn: Trials so far.
     """
 
-    def __init__(
-        self,
-        sampler: Sampler,
-        solver: str,
-        steps: int,
-        overrides: Sequence[str],
-        levels: tuple[float, ...],
-        counts: Sequence[int],
-        progress: Callable[[int, int], None],
-    ) -> None:
-        self.sampler, self.solver, self.steps, self.overrides, self.levels = sampler, solver, steps, overrides, levels
-        self.progress, self.counts, self.drawn = progress, list(counts), 0
-        self.todo = [steps * -(-samples // sampler.batch) for samples in counts]
+    sampler: Sampler
+    solver: str
+    steps: int
+    overrides: Sequence[str]
+    levels: tuple[float, ...]
+    counts: Sequence[int]
+    progress: Callable[[int, int], None]
+    drawn: int = 0
 
     def draw(self, values: Tensor) -> Tensor:
         """The energies of the next trial in all shells that the data hold, with shape ``[sample, shell]``. Collective."""
-        folder, comm, trial = self.sampler.folder, self.sampler.comm, self.drawn
-        path, scale = folder / f".calibration-{trial}.h5", LevelScale(tuple(values.tolist()), self.levels)
+        folder, comm, field = self.sampler.folder, self.sampler.comm, self.sampler.field
+        path, scale = folder / f".calibration-{self.drawn}.h5", LevelScale(tuple(values.tolist()), self.levels)
         told: dict[str, Any] = {"seed": SEED, "overrides": self.overrides, "mode": "gather", "overwrite": True}
         told |= {"progress": self._report, "level_scale": scale}
-        sample(folder, path, self.counts[trial], comm, self.solver, self.steps, **told)
-        found = shell_energies(path, self.sampler.field, comm)
+        sample(folder, path, self.counts[self.drawn], comm, self.solver, self.steps, **told)
+        found = shell_energies(path, field, comm)
         comm.on_root(lambda: _remove(path))
         self.drawn += 1
-        return found[:, held(self.sampler.field, found.shape[1])]
+        found = found[:, held(field, found.shape[1])]
+        if not (found.isfinite().all() and (found.mean(0) > 0).all()):
+            raise UserError(f"{folder}: samples are not finite numbers, expected fields; train longer")
+        return found
 
     def _report(self, done: int, _: int) -> None:
-        self.progress(sum(self.todo[: self.drawn]) + done, sum(self.todo))
+        todo = [self.steps * -(-samples // self.sampler.batch) for samples in self.counts]
+        self.progress(sum(todo[: self.drawn]) + done, sum(todo))
 
 
 def held(field: Field, shells: int) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ddpatch.diffusion.level_scale import LevelScale
+from ddpatch.diffusion.level_scale import EXACT, LevelScale
 from ddpatch.errors import UserError
 from ddpatch.io.volume import replace_when_complete
 
@@ -65,4 +65,4 @@ def scale_for(setting: Mapping[str, Any], path: Path) -> LevelScale:
     if found and others:
         told = f"it is of another {NAMES.get(others[0], others[0])}; run ddpatch calibrate again"
         print(f"ddpatch: warning: {path}: not used, for {told}", file=sys.stderr, flush=True)
-    return LevelScale() if others else found[SCALE]
+    return EXACT if others else found[SCALE]

@@ -13,8 +13,8 @@ from torch import Tensor
 from ddpatch import __version__
 from ddpatch.calibration import CALIBRATION, scale_for
 from ddpatch.config import Config
-from ddpatch.diffusion.level_scale import LevelScale
-from ddpatch.diffusion.solvers import EXACT, Denoise, make_solver
+from ddpatch.diffusion.level_scale import EXACT, LevelScale
+from ddpatch.diffusion.solvers import Denoise, make_solver
 from ddpatch.errors import Left, UserError
 from ddpatch.execution import (
     check_compiler,

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ddpatch.diffusion.level_scale import LevelScale
+from ddpatch.diffusion.level_scale import EXACT, LevelScale
 from ddpatch.diffusion.schedule import log_snr
 from ddpatch.errors import UserError, nearest
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-EXACT = LevelScale()  # the denoiser is told of the noise that there is
 
 
 class Solver(ABC):
