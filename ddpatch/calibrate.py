@@ -94,15 +94,13 @@ def calibrate(
     exact = trials.draw(ones)
     raised = [trials.draw(ones + TRIAL * one) for one in torch.eye(KNOTS, dtype=torch.float64)]
     slopes = torch.stack([(found.mean(0) / exact[:paired].mean(0)).log() / TRIAL for found in raised], dim=1)
-    first = fit(excess(exact, sampler), slopes, ones)
+    few_tell, slope = excess(exact, sampler), float(slopes.sum(1).mean())
+    first = fit(few_tell, slopes, ones)
+    check_mendable(first, slope, few_tell.values, folder)  # before the samples that cost most
     last = excess(trials.draw(first), sampler)
-    scale, slope = fit(last, slopes, first), float(slopes.sum(1).mean())
+    scale = fit(last, slopes, first)
     before, after = (last.values + slopes @ (values - first) for values in (ones, scale))
-    if not (slope and LEAST <= float(scale.mean()) < MOST):
-        raise UserError(
-            f"{folder}: the energy of samples is off by {float(before.mean()):+.2f} (logarithm), expected what a noise scale "
-            f"from {LEAST} to {MOST} mends, not {float(scale.mean()):.3g}; train longer"
-        )
+    check_mendable(scale, slope, before, folder)
     kept = {
         **sampler.setting(solver, steps),
         SCALE: LevelScale(tuple(scale.tolist()), levels),
@@ -112,6 +110,15 @@ def calibrate(
     }
     comm.on_root(lambda: keep(folder / CALIBRATION, kept))
     return kept
+
+
+def check_mendable(values: Tensor, slope: float, exact: Tensor, folder: Path) -> None:
+    """Refuse values of λ, found with this mean derivative of m, that cannot mend the m which samples have at λ = 1."""
+    if not (slope and LEAST <= float(values.mean()) < MOST):
+        raise UserError(
+            f"{folder}: the energy of samples is off by {float(exact.mean()):+.2f} (logarithm), expected what a noise scale "
+            f"from {LEAST} to {MOST} mends, not {float(values.mean()):.3g}; train longer"
+        )
 
 
 @dataclass

@@ -70,8 +70,10 @@ def test_energy_that_a_denoiser_loses_comes_back(comm: Communicator, shared_path
     assert found["level_scale"].values == pytest.approx([v + 0.05 for v in right["level_scale"].values], abs=5e-3)
     assert found["energy"] < right["energy"] - 0.005
     take_noise_for(monkeypatch, lambda sigma: -0.5)
+    seen: list[tuple[int, int]] = []
     with pytest.raises(UserError, match=r"energy of samples is off by \+.*, expected what a noise scale from 0.9 to 2.0 mends"):
-        calibrate(shared_path / "run", comm, count=16, steps=10)
+        calibrate(shared_path / "run", comm, count=16, steps=10, progress=lambda *done: seen.append(done))
+    assert seen[-1][0] < seen[-1][1]  # the samples that cost most are not drawn
     comm.barrier()
     assert not list((shared_path / "run").glob(".calibration*"))
 
