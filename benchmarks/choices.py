@@ -1,4 +1,4 @@
-"""What choices of execution are worth on a processor: freed memory that is kept, one small patch in halves, fewer passes.
+"""What choices of execution are worth on a processor: freed memory that is kept, one small patch in halves, fewer operations.
 
     python benchmarks/choices.py                # three minutes; needs a core to itself
     python benchmarks/choices.py --grid 128
@@ -6,8 +6,9 @@
 Training steps with all patches of 32³ together and one at a time, as they are, and with an environment that tells the C library
 something without effect (``MALLOC_PERTURB_=0``), so that it is left as it is (ddpatch/execution.py). Then forward and backward
 passes: of one convolution, whole and in halves (ddpatch/model/convolution.py); of what merges levels, and of a norm that takes
-over scale and shift, each beside the same operation by operation (ddpatch/model/interpolation.py, layers.py). One core. The
-report goes to benchmarks/results/.
+over scale and shift, each beside the same operation by operation (ddpatch/model/interpolation.py, layers.py). Forward passes: of
+the linear part's stencil, point by point and in Fourier space; of the orthogonalised steps of all matrices of the network, by an
+iteration on each of them and on its square (ddpatch/optimiser.py). One core. The report goes to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -30,11 +31,16 @@ from step import Run, measure
 from torch import Tensor
 
 from ddpatch.execution import keep_freed_memory
-from ddpatch.model.convolution import CONV, convolve
+from ddpatch.io.volume import VolumeHeader
+from ddpatch.model.convolution import CONV, convolve, convolve_few
 from ddpatch.model.interpolation import Interpolation, doubled, map_rows, merge
 from ddpatch.model.layers import Gain, normalise
 from ddpatch.model.tokens import neighbours, spline_weights
+from ddpatch.optimiser import ITERATION, orthogonalise
+from ddpatch.optimiser import STEPS as TIMES
 from ddpatch.parallel.comm import Communicator
+from ddpatch.rehearsal import white_field
+from ddpatch.run import make_model, make_optimiser
 
 LEFT_ALONE = {"MALLOC_PERTURB_": "0"}
 PATCH, STEPS = 32, 2
@@ -89,13 +95,46 @@ def time_norm(channels: int = WIDTH) -> tuple[float, float]:
     return compare(ways, [x, gain, bias, scale, shift])
 
 
+def time_stencil(channels: int = 3, reach: int = 4) -> tuple[float, float]:
+    """Milliseconds of the linear part's stencil on 8 patches, point by point and as it is."""
+    x = torch.randn(PATCHES, channels, *(PATCH + 2 * reach,) * 3)
+    kernel = torch.randn(channels, channels, *(2 * reach + 1,) * 3)
+    return compare([lambda: convolve(x, kernel), lambda: convolve_few(x, kernel)], [])
+
+
+def time_orthogonal_steps() -> tuple[float, float]:
+    """Milliseconds of what makes the steps of all matrices of the default network, on the matrices themselves and as it is."""
+    config, header = (
+        Run(1, "two-level", 2).config(2 * PATCH),
+        VolumeHeader(1, ("u", "v", "w"), (2 * PATCH,) * 3, (1.0,) * 3, (True,) * 3),
+    )
+    optimiser = make_optimiser(config, make_model(config, white_field(config, header)))
+    matrices = [torch.randn_like(p).flatten(1) for p in optimiser.param_groups[0]["params"]]
+
+    def all_by(way: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.stack([way(matrix).norm() for matrix in matrices])
+
+    return compare([lambda: all_by(iterated), lambda: all_by(orthogonalise)], [])
+
+
+def iterated(matrix: Tensor) -> Tensor:
+    """U V^T by the iteration on the matrix."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return iterated(matrix.T).T
+    (a, b, c), x = ITERATION, matrix / (matrix.norm() + 1e-7)
+    for _ in range(TIMES):
+        square = x @ x.T
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
 def features(points: int, channels: int) -> Tensor:
     """Features of 8 patches, channels last in memory."""
     return torch.randn(PATCHES, *(points,) * 3, channels).movedim(-1, 1).requires_grad_()
 
 
 def compare(ways: Sequence[Callable[[], Tensor]], inputs: list[Tensor], times: int = 15) -> tuple[float, float]:
-    """Milliseconds of two ways and of their gradients with respect to the inputs."""
+    """Milliseconds of two ways and of their gradients with respect to the inputs, if any."""
     torch.set_num_threads(1)
     keep_freed_memory(torch.device("cpu"))
     seconds: list[list[float]] = [[], []]
@@ -103,7 +142,8 @@ def compare(ways: Sequence[Callable[[], Tensor]], inputs: list[Tensor], times: i
         for taken, way in zip(seconds, ways, strict=True):
             start = time.perf_counter()
             y = way()
-            torch.autograd.grad(y, inputs, torch.ones_like(y))
+            if inputs:
+                torch.autograd.grad(y, inputs, torch.ones_like(y))
             taken.append(time.perf_counter() - start)
     first, second = (1e3 * statistics.median(each[times // 3 :]) for each in seconds)
     return first, second
@@ -112,6 +152,8 @@ def compare(ways: Sequence[Callable[[], Tensor]], inputs: list[Tensor], times: i
 SMALL: dict[str, Callable[[], tuple[float, float]]] = {
     "finest merge: operation by operation; as it is": time_merge,
     "norm with scale and shift: one after the other; as it is": time_norm,
+    "linear part's stencil, forward: point by point; as it is": time_stencil,
+    "steps of all matrices: by iterations on them; as it is": time_orthogonal_steps,
 }
 
 
@@ -175,7 +217,7 @@ def main() -> None:
             ("channels", "points with the frame", "ms whole", "ms in halves"),
             [(c, f"{n}³", f"{whole:.2f}", f"{halves:.2f}") for c, n, whole, halves in convolutions],
         ),
-        f"{PATCHES} patches of {PATCH}³ with a rim, {WIDTH} channels, {TOKENS}³ tokens; forward and backward:",
+        f"{PATCHES} patches of {PATCH}³ with a rim, {WIDTH} channels, {TOKENS}³ tokens; forward and backward, or as said:",
         "",
         *table(("what, two ways", "ms, the first", "ms, the second"), [(name, f"{a:.1f}", f"{b:.1f}") for name, a, b in small]),
     ]

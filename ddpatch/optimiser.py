@@ -53,39 +53,58 @@ class Muon(torch.optim.Optimizer):
         """Update all parameters that have a gradient."""
         for group in self.param_groups:
             update = self._turn if group["matrices"] else self._adam
-            for p in group["params"]:
-                if p.grad is not None:
-                    update(p, p.grad, group)
+            found = [(p, p.grad) for p in group["params"] if p.grad is not None]
+            if found:
+                parameters, grads = zip(*found, strict=True)
+                update(parameters, grads, group)
 
-    def _turn(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        mean: Tensor = state["momentum"].lerp_(grad, 1 - group["momentum"])
-        matrix = grad.lerp(mean, group["momentum"]).flatten(1)
-        turned = orthogonalise(matrix) * (0.2 * max(matrix.shape) ** 0.5)
-        p.add_(turned.view(p.shape), alpha=-group["lr"])
+    def _turn(self, parameters: tuple[Tensor, ...], grads: tuple[Tensor, ...], group: dict[str, Any]) -> None:
+        for p, grad in zip(parameters, grads, strict=True):
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            mean: Tensor = state["momentum"].lerp_(grad, 1 - group["momentum"])
+            matrix = grad.lerp(mean, group["momentum"]).flatten(1)
+            p.add_(orthogonalise(matrix).view(p.shape), alpha=-group["lr"] * 0.2 * max(matrix.shape) ** 0.5)
 
-    def _adam(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state, (first, second) = self.state[p], group["betas"]
-        if not state:
-            state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-        state["step"] += 1
-        mean = state["mean"].lerp_(grad, 1 - first) / (1 - first ** state["step"])
-        square = state["square"].lerp_(grad.square(), 1 - second) / (1 - second ** state["step"])
-        p.addcdiv_(mean, square.sqrt().add_(1e-8), value=-group["lr"])
+    def _adam(self, parameters: tuple[Tensor, ...], grads: tuple[Tensor, ...], group: dict[str, Any]) -> None:
+        """All at a time: they are small, and what one costs is the call."""
+        states, (first, second) = [self.state[p] for p in parameters], group["betas"]
+        for p, state in zip(parameters, states, strict=True):
+            if not state:
+                state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+            state["step"] += 1
+        means, squares = ([state[key] for state in states] for key in ("mean", "square"))
+        torch._foreach_lerp_(means, grads, 1 - first)
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - second)
+        sizes = torch._foreach_sqrt(torch._foreach_div(squares, [1 - second ** s["step"] for s in states]))
+        torch._foreach_add_(sizes, 1e-8)
+        torch._foreach_addcdiv_(parameters, means, sizes, [-group["lr"] / (1 - first ** s["step"]) for s in states])
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:
     """U V^T of a matrix U S V^T, approximately: singular values between about 0.7 and 1.2.
+
+    The iteration X ← (a + b A + c A²) X with A = X X^T makes polynomials in the first A of its factors, which commute. So the
+    factors are multiplied, A ← (a + b A + c A²)² A, and what is as large as the matrix is a factor of two products only.
 
     Arguments:
         matrix: Shape ``[rows, columns]``.
     """
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalise(matrix.T).T
-    (a, b, c), x = ITERATION, matrix / (matrix.norm() + 1e-7)
-    for _ in range(STEPS):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x
+    x = matrix / (matrix.norm() + 1e-7)
+    square = x @ x.T
+    factor = product = _polynomial(square)
+    for _ in range(STEPS - 1):
+        square = factor @ square @ factor
+        factor = _polynomial(square)
+        product = factor @ product
+    return product @ x
+
+
+def _polynomial(square: Tensor) -> Tensor:
+    a, b, c = ITERATION
+    found = torch.addmm(square, square, square, beta=b, alpha=c)
+    found.diagonal().add_(a)
+    return found

@@ -1,4 +1,4 @@
-"""Convolutions of one small patch: in halves, and the same."""
+"""Convolutions of one small patch in halves, and wide ones in Fourier space: the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import profile
 
-from ddpatch.model.convolution import Conv3d, convolve, pays_in_halves
+from ddpatch.model.convolution import Conv3d, convolve, convolve_few, pays_in_halves
 
 
 def gradients(y: torch.Tensor, *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -31,6 +31,15 @@ def test_halves_are_the_whole(mode: Literal["zeros", "circular"], points: tuple[
 def test_unpadded_halves_are_the_whole() -> None:
     x, weight, bias = torch.randn(1, 3, 10, 5, 5), torch.randn(2, 3, 3, 3, 3), torch.randn(2)
     torch.testing.assert_close(convolve(x, weight, bias), F.conv3d(x, weight, bias), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("widths", [(5, 5, 5), (7, 3, 9), (3, 3, 3)])
+def test_wide_kernels_in_fourier_space_are_the_same(widths: tuple[int, ...]) -> None:
+    x = torch.randn(2, 3, 12, 11, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 3, *widths, dtype=torch.float64, requires_grad=True)
+    expected = gradients(F.conv3d(x, weight), x, weight)
+    for one, other in zip(gradients(convolve_few(x, weight), x, weight), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-11)
 
 
 def test_one_small_patch_goes_the_fast_way() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddpatch.optimiser import Muon, orthogonalise
+from ddpatch.optimiser import ITERATION, STEPS, Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5)])
@@ -21,6 +21,16 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     assert float(values.min()) > 0.6
     assert float(values.max()) < 1.3
     torch.testing.assert_close(u.T @ turned @ v.T, torch.diag((u.T @ turned @ v.T).diagonal()), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (5, 40), (40, 5)])
+def test_it_is_the_iteration_on_the_matrix_itself(shape: tuple[int, int]) -> None:
+    matrix = torch.randn(shape, dtype=torch.float64)
+    (a, b, c), x = ITERATION, matrix / (matrix.norm() + 1e-7)
+    for _ in range(STEPS):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    torch.testing.assert_close(orthogonalise(matrix), x, rtol=0, atol=1e-10)
 
 
 def test_a_matrix_of_zeros_stays() -> None:

@@ -29,5 +29,4 @@ class AveragedModel(Generic[Module]):
     def update(self, module: Module, samples: int, samples_seen: int) -> None:
         """Average in the weights after a step on ``samples`` samples, ``samples_seen`` of them in all."""
         beta = 0.5 ** (samples / min(self.half_life, max(samples_seen / 10, 1e-9)))
-        for mine, theirs in zip(self.module.parameters(), module.parameters(), strict=True):
-            mine.lerp_(theirs, 1 - beta)
+        torch._foreach_lerp_(list(self.module.parameters()), list(module.parameters()), 1 - beta)

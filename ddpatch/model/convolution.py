@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+WIDE = 5  # points per axis of a kernel in three dimensions that pays in Fourier space (docs/decisions/0015)
 SLOW_BELOW = 20480  # channels times points of two axes: torch (ConvParams::use_mkldnn) takes less, of one patch, the slow way
 
 
@@ -70,6 +71,24 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     half, reach = (x.shape[2] - weight.shape[2] + 1) // 2, weight.shape[2] - 1
     halves = torch.cat([x[:, :, : half + reach], x[:, :, half:]])
     return torch.cat(F.conv3d(halves, weight, bias).chunk(2), dim=2)
+
+
+def convolve_few(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`convolve` where there are few channels, and wide kernels cost more than Fourier transforms,
+
+        ŷ(k) = conj(ŵ(k)) x̂(k),
+
+    which is cyclic: what comes round to the other side is at points that are left out. The results are the same within rounding.
+    """
+    if x.ndim == 4 or weight.shape[2] < WIDE:
+        return convolve(x, weight)
+    points, dims = x.shape[2:], (-3, -2, -1)
+    waves, transfer = torch.fft.rfftn(x, dim=dims), torch.fft.rfftn(weight, s=points, dim=dims).conj()
+    sums = [sum(factor * wave for factor, wave in zip(row, waves.unbind(1), strict=True)) for row in transfer]
+    found = torch.fft.irfftn(torch.stack(sums, dim=1), s=points, dim=dims)
+    for axis, (n, width) in enumerate(zip(points, weight.shape[2:], strict=True), start=2):
+        found = found.narrow(axis, 0, n - width + 1)
+    return found
 
 
 def pays_in_halves(x: Tensor, weight: Tensor) -> bool:

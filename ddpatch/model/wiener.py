@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddpatch.model.convolution import convolve
+from ddpatch.model.convolution import convolve_few
 from ddpatch.model.waves import Waves, interpolate, like, make_waves, phase_factors
 
 TABLE = (-4.0, 4.0, 257)  # of g: first and last log10 σ, and their number
@@ -91,7 +91,7 @@ class LinearPart(nn.Module):
         """
         for axis, n in enumerate(self.reach, start=3):
             windows = windows.narrow(axis, margin - n, windows.shape[axis] - 2 * (margin - n))
-        return torch.stack([convolve(u, kernel) for u, kernel in zip(windows, self.kernels(sigma), strict=True)])
+        return torch.stack([convolve_few(u, kernel) for u, kernel in zip(windows, self.kernels(sigma), strict=True)])
 
     def kernels(self, sigma: Tensor) -> Tensor:
         """K(σ), with shape ``[sample, channel, channel, *(2 δ + 1)]``, as the weights of a convolution."""
