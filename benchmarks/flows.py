@@ -58,7 +58,7 @@ SMALL = {
         2e-3,
     ),  # the viscosity that 128² points resolve
     "isotropic": Flow(
-        "isotropic", 32, (16,) * 3, (64, 64, 16, 64), 2, NARROW, [16, 32, 74], {"steps": 450, "batch": 2, "ema": 100.0}
+        "isotropic", 32, (16,) * 3, (64, 64, 16, 64), 2, NARROW, [16, 32, 74], {"steps": 400, "batch": 2, "ema": 100.0}
     ),
 }
 FULL = {

@@ -12,7 +12,7 @@ patches whose tiling moves at every step (PaDIS); halo only; tokens only; both. 
 of the independent patches. Where patches are coupled the tiling stands still, as it does by default. And, with --more: "full
 domain, same network" is that of halo and tokens with the grid for a patch, as it would be if nothing had to be cut; "moving
 tiling" is of coupled patches too, and "lagged" has a coarse level that speaks of the evaluation before, both at the level scale
-found without. Of overlapping windows, which cost most and show most, an eighth as many samples are drawn. Where there is no
+found without. Of overlapping windows, which cost most and show most, a sixteenth as many samples are drawn. Where there is no
 transformer the coarsest level is wider for it. Every network but that of independent patches is calibrated (ddpatch calibrate) on
 the training data, with other noise than the samples have; there, and where no level scale mends the energy, it is 1.
 "ln E, λ = 1" is the mean over the resolved shells of ln(E_gen / E_data) before that.
@@ -84,7 +84,7 @@ def train(flow: Flow, coupling: str, folder: Path) -> None:
 def train_all(flows: dict[str, Flow], schemes: Sequence[str], folder: Path) -> None:
     """Train the networks of some schemes, a core each."""
     couplings = {SCHEMES[scheme][0] for scheme in schemes}
-    jobs = [(flows[kind], coupling, folder / kind) for coupling in LONGEST if coupling in couplings for kind in flows]
+    jobs = [(flows[kind], coupling, folder / kind) for kind in reversed(flows) for coupling in LONGEST if coupling in couplings]
     with ThreadPoolExecutor(WORKERS) as pool:
         list(pool.map(lambda job: train(*job), jobs))
 
@@ -103,7 +103,7 @@ def measure(flow: Flow, scheme: str, folder: Path, drawn: Path) -> dict[str, Any
 
 def start_worker(flow: Flow, ranks: int, run: Path, way: str, samples: Path, drawn: Path) -> dict[str, Any]:
     """What turbulence_worker.py prints."""
-    count, patch = flow.samples[3] // (8 if way == "overlap" else 1), "x".join(map(str, flow.patch))
+    count, patch = flow.samples[3] // (16 if way == "overlap" else 1), "x".join(map(str, flow.patch))
     script, reference = str(Path(__file__).with_name("turbulence_worker.py")), str(drawn / "reference.h5")
     printed = launch(ranks, script, str(run), way, str(count), str(samples), reference, patch, threads=WORKERS // ranks)
     return dict(json.loads(printed.splitlines()[-1]))

@@ -23,18 +23,16 @@ from turbulence_page import DISTANCES, FACTS, GIVEN
 from ddpatch.calibration import CALIBRATION, read_calibration
 from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import Decomposition
-from ddpatch.diffusion.level_scale import EXACT, LevelScale
+from ddpatch.diffusion.level_scale import EXACT
 from ddpatch.diffusion.solvers import Denoise
 from ddpatch.evaluate import compare_fields
-from ddpatch.io.volume import write_volume
 from ddpatch.log import peak_memory
 from ddpatch.model.patches import cut, join
 from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, patch_noise
 from ddpatch.run import dtype
-from ddpatch.sample import Sampler
-from ddpatch.sample import sample as sample_verb
+from ddpatch.sample import Sampler, fill
 
 WAYS = ("moving", "fixed", "lagged", "overlap", GIVEN)
 
@@ -57,18 +55,15 @@ def draw(run: Path, way: str, count: int, output: Path, patch: tuple[int, ...], 
     sampler = Sampler(run, comm)
     whole = sampler.config.model.paths.whole
     scale, seed = EXACT if way == "overlap" else sampler.level_scale("dpm++2m", 20), sampler.config.train.seed + 1
-    comm.bytes.clear()
-    start = time.perf_counter()
+    if way == "lagged":
+        sampler = Sampler(run, comm, overrides=["sample.lagged=true"])
     if way == "overlap":
         sampler.denoise = averaged(sampler.denoise, sampler.decomposition)  # type: ignore[assignment]
     if whole:
         sampler.noise = partial(joined_noise, sampler, patch)  # type: ignore[method-assign]
-    if whole or way == "overlap":
-        draw_alone(sampler, count, seed, scale, output)
-    else:
-        told = ["sample.lagged=true"] if way == "lagged" else []
-        moves = way == "moving"
-        sample_verb(run, output, count, comm, overrides=told, shift=moves, seed=seed, overwrite=True, level_scale=scale)
+    comm.bytes.clear()
+    start = time.perf_counter()
+    fill(output, sampler, count, "dpm++2m", 20, shift=way == "moving", seed=seed, overwrite=True, level_scale=scale)
     return {
         "energy": read_calibration(run / CALIBRATION).get("energy"),
         "level_scale": scale.mean,
@@ -77,15 +72,6 @@ def draw(run: Path, way: str, count: int, output: Path, patch: tuple[int, ...], 
         "bytes": sum(comm.gather(sum(comm.bytes[kind] for kind in ("halo", "allgather", "roll")))) / count * (comm.size > 1),
         "parameters": count_parameters(sampler.model),
     }
-
-
-def draw_alone(sampler: Sampler, count: int, seed: int, scale: LevelScale, output: Path) -> None:
-    """Draw samples on one rank, with a sampler that something has been put into."""
-    starts = range(0, count, sampler.batch)
-    batches = (range(first, min(first + sampler.batch, count)) for first in starts)
-    drawn = (patches for batch in batches for patches in sampler.draw(batch, seed, "dpm++2m", 20, level_scale=scale))
-    fields = (join(patches[None].float(), sampler.decomposition)[0].numpy() for patches in drawn)
-    write_volume(output, sampler.header(count), fields, overwrite=True)
 
 
 def joined_noise(sampler: Sampler, patch: tuple[int, ...], samples: Sequence[int], seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from ddpatch.diffusion.schedule import MAX_FACTOR, MIN_FACTOR, ROUND_OFF, Schedu
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import Field
-from ddpatch.sample import Sampler, sample
+from ddpatch.sample import Sampler, fill
 from ddpatch.statistics.spectrum import mode_deviation
 
 SEED = 0  # of the noise
@@ -89,7 +89,7 @@ def calibrate(
     solver, steps = solver or settings.solver, steps or settings.steps
     few = min(count, max(FEWEST, -(-count // 16)))
     paired = min(count, max(PAIRED, few // 2))
-    trials = Trials(sampler, solver, steps, overrides, levels, [few, *[paired] * KNOTS, count], progress)
+    trials = Trials(sampler, solver, steps, levels, [few, *[paired] * KNOTS, count], progress)
     ones = torch.ones(KNOTS, dtype=torch.float64)
     exact = trials.draw(ones)
     raised = [trials.draw(ones + TRIAL * one) for one in torch.eye(KNOTS, dtype=torch.float64)]
@@ -127,7 +127,7 @@ class Trials:
 
     Arguments:
         sampler: Of the run.
-        solver, steps, overrides: As for :func:`ddpatch.sample.sample`.
+        solver, steps: As for :func:`ddpatch.sample.fill`.
         levels: Noise levels at which λ has values.
         counts: Samples of every trial.
         progress: Called on every rank with the solver steps done and to do.
@@ -137,7 +137,6 @@ class Trials:
     sampler: Sampler
     solver: str
     steps: int
-    overrides: Sequence[str]
     levels: tuple[float, ...]
     counts: Sequence[int]
     progress: Callable[[int, int], None]
@@ -145,11 +144,10 @@ class Trials:
 
     def draw(self, values: Tensor) -> Tensor:
         """The energies of the next trial in all shells that the data hold, with shape ``[sample, shell]``. Collective."""
-        folder, comm, field = self.sampler.folder, self.sampler.comm, self.sampler.field
+        sampler, folder, comm, field = self.sampler, self.sampler.folder, self.sampler.comm, self.sampler.field
         path, scale = folder / f".calibration-{self.drawn}.h5", LevelScale(tuple(values.tolist()), self.levels)
-        told: dict[str, Any] = {"seed": SEED, "overrides": self.overrides, "mode": "gather", "overwrite": True}
-        told |= {"progress": self._report, "level_scale": scale}
-        sample(folder, path, self.counts[self.drawn], comm, self.solver, self.steps, **told)
+        how: dict[str, Any] = {"seed": SEED, "mode": "gather", "overwrite": True, "level_scale": scale}
+        fill(path, sampler, self.counts[self.drawn], self.solver, self.steps, progress=self._report, **how)
         found = shell_energies(path, field, comm)
         comm.on_root(lambda: _remove(path))
         self.drawn += 1

@@ -223,34 +223,57 @@ def sample(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
     time_limit: float | None = None,
-    level_scale: LevelScale | None = None,
 ) -> None:
     """Draw samples from a trained run into one file, with an XDMF sidecar. Collective.
+
+    Arguments:
+        folder: Of the run.
+        comm, grid, overrides: As for :class:`Sampler`.
+        output, count, solver, steps, shift, seed, mode, overwrite, progress, time_limit: As for :func:`fill`.
+
+    Raises:
+        Left: on all ranks, after a signal to one of them or at the end of the time, when a batch is on the disk.
+        UserError: if run, grid, ranks or output do not fit.
+    """
+    sampler = Sampler(folder, comm, grid, overrides)
+    fill(output, sampler, count, solver, steps, shift, seed, mode, overwrite, progress, time_limit)
+
+
+def fill(
+    output: Path,
+    sampler: Sampler,
+    count: int,
+    solver: str | None = None,
+    steps: int | None = None,
+    shift: bool | None = None,
+    seed: int = 0,
+    mode: str | None = None,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    time_limit: float | None = None,
+    level_scale: LevelScale | None = None,
+) -> None:
+    """Fill a file with samples. Collective.
 
     Samples are kept batch by batch: after a failure, or on notice, the same call makes those that are missing.
 
     Arguments:
-        folder: Of the run.
         output: File of the samples.
+        sampler: What draws them.
         count: Number of samples; sample k depends on ``seed`` and k only.
-        comm: The ranks that share every sample.
         solver, steps, shift, mode: Override the configuration of the run.
-        overrides: Likewise, ``section.key=value`` of sample, output, parallel or execution.
         seed: Of the series.
-        grid: Points of the samples' grid. Default: that of the training.
         overwrite: Replace an existing file.
         progress: Called on every rank with the solver steps done and to do, all samples together.
         time_limit: Seconds after which to leave.
         level_scale: What the denoiser is told of the noise level. Default: :meth:`Sampler.level_scale`.
 
     Raises:
-        Left: on all ranks, after a signal to one of them or at the end of the time, when a batch is on the disk.
-        UserError: if run, grid, ranks or output do not fit.
+        Left, UserError: as :func:`sample`.
     """
     if count < 1:
         raise UserError(f"--count {count}: expected at least 1 sample")
-    sampler = Sampler(folder, comm, grid, overrides)
-    defaults = sampler.config.sample
+    comm, defaults = sampler.comm, sampler.config.sample
     solver, steps = solver or defaults.solver, steps or defaults.steps
     shift = (defaults.shift if shift is None else shift) and sampler.movable
     batch, total = sampler.batch, -(-count // sampler.batch) * steps
