@@ -50,15 +50,15 @@ SMALL = {
         "kolmogorov",
         64,
         (16, 16),
-        (256, 256, 128, 256),
+        (256, 256, 128, 192),
         16,
         NARROW,
         [16, 32, 88],
-        {"steps": 1500, "batch": 4, "ema": 600.0},
+        {"steps": 1200, "batch": 4, "ema": 600.0},
         2e-3,
     ),  # the viscosity that 128² points resolve
     "isotropic": Flow(
-        "isotropic", 32, (16,) * 3, (64, 64, 16, 64), 2, NARROW, [16, 32, 74], {"steps": 400, "batch": 2, "ema": 100.0}
+        "isotropic", 32, (16,) * 3, (64, 64, 16, 64), 2, NARROW, [16, 32, 74], {"steps": 360, "batch": 2, "ema": 100.0}
     ),
 }
 FULL = {

@@ -28,7 +28,7 @@ TRIAL = 0.05  # by which each of them is raised in turn
 FEWEST, PAIRED = 8, 4  # samples that tell m at λ = 1, and what raising does to it
 SHELL, SLOPE = 0.01, 0.1  # what a shell may be off by besides chance, and by how much of itself: derivatives are not exact
 SPREAD, LOWEST, MOST = 0.1, 0.5, 2.0  # how far values of λ may be from their mean, and their bounds
-LEAST = 0.9  # mean of the values
+LEAST = 0.8  # mean of the values
 
 
 class Excess(NamedTuple):
@@ -80,7 +80,7 @@ def calibrate(
 
     Raises:
         UserError: if there are fewer than 2 samples, if they are not finite, or if they have energies that no λ mends whose mean
-            is from 0.9 to 2.
+            is from 0.8 to 2.
     """
     if count < 2:
         raise UserError(f"--count {count}: expected at least 2 samples")
