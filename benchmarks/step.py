@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                          # about 20 minutes on two cores; needs them to itself
     python benchmarks/step.py --grid 128 --rounds 2    # eight times as long a round
+    python benchmarks/step.py --runs monolith two-level --rounds 10    # some of the runs, more often; a report of its own
 
 The monolith is the same encoder, bottleneck and decoder on the whole volume as one patch, without tokens and transformer, and
 with zeros beyond the volume; "periodic" is the coupling "u-net", whose convolutions close on themselves as the field does,
@@ -162,7 +163,6 @@ def measure_peak(dtype: torch.dtype) -> float:
 def report(rows: list[Row], grid: int) -> str:
     """The Markdown page."""
     rounds = [{row["run"]: row for row in rows if row["round"] == i} for i in sorted({row["round"] for row in rows})]
-    waits = [each[PARALLEL]["communication"] / each[PARALLEL]["seconds"] for each in rounds]
     lines = [
         f"# One training step at {grid}³ × 3 channels, {date.today()}",
         "",
@@ -188,14 +188,14 @@ def report(rows: list[Row], grid: int) -> str:
             [line(rounds, *ratio) for ratio in RATIOS if {*ratio[:2]} <= set(rounds[0])],
         ),
         *floor(rounds),
-        f"On 2 ranks {statistics.median(waits):.1%} of the step is communication, waiting included.",
+        *waits(rounds),
     ]
     return "\n".join([*lines, ""])
 
 
 def floor(rounds: list[dict[str, Row]]) -> list[str]:
     """What convolutions alone gain from bfloat16, where the processor has it."""
-    pairs = [(each[LOWER], each[MONOLITH]) for each in rounds if LOWER in each]
+    pairs = [(each[LOWER], each[MONOLITH]) for each in rounds if {LOWER, MONOLITH} <= set(each)]
     if not pairs:
         return []
     found = {
@@ -210,6 +210,12 @@ def floor(rounds: list[dict[str, Row]]) -> list[str]:
     }
     texts = [f"{what} {statistics.median(values):.3f} ({listed(values)})" for what, values in found.items()]
     return [f"Convolutions alone, forward and backward, in a step beside the timed ones: {'; '.join(texts)}.", ""]
+
+
+def waits(rounds: list[dict[str, Row]]) -> list[str]:
+    """What two ranks communicate."""
+    shares = [each[PARALLEL]["communication"] / each[PARALLEL]["seconds"] for each in rounds if PARALLEL in each]
+    return [f"On 2 ranks {statistics.median(shares):.1%} of the step is communication, waiting included."] if shares else []
 
 
 def cells(rows: list[Row], grid: int) -> list[str]:
@@ -243,6 +249,7 @@ def main() -> None:
     parser.add_argument("--grid", type=int, default=64, help="points per axis (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after five that are not (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="times that every run is made (default %(default)s)")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="default: all")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -252,9 +259,9 @@ def main() -> None:
             print(json.dumps(found))
         return
     rows: list[Row] = []
-    path = stem(f"step_{args.grid}")
+    path = stem(f"step_{args.grid}" + "-some" * (args.runs != list(RUNS)))
     for i in range(args.rounds):
-        for name, run in RUNS.items():
+        for name, run in ((name, RUNS[name]) for name in args.runs):
             if run.precision == "full" or computes_bfloat16(CPU):
                 options = ("--worker", name, "--grid", str(args.grid), "--steps", str(args.steps))
                 rows.append({"round": i, "run": name, **json.loads(launch(run.ranks, __file__, *options).splitlines()[-1])})
