@@ -1,6 +1,6 @@
 """What choices of execution are worth on a processor: freed memory that is kept, one small patch in halves, fewer operations.
 
-    python benchmarks/choices.py                # three minutes; needs a core to itself
+    python benchmarks/choices.py                # four minutes; needs a core to itself
     python benchmarks/choices.py --grid 128
 
 Training steps with all patches of 32³ together and one at a time, as they are, and with an environment that tells the C library
@@ -27,11 +27,10 @@ import torch.nn.functional as F
 from hardware import describe
 from launch import launch
 from reports import command, stem, table, write_rows
-from step import Run, measure
+from step import Run, measure, velocities
 from torch import Tensor
 
 from ddpatch.execution import keep_freed_memory
-from ddpatch.io.volume import VolumeHeader
 from ddpatch.model.convolution import CONV, convolve, convolve_few
 from ddpatch.model.interpolation import Interpolation, doubled, map_rows, merge
 from ddpatch.model.layers import Gain, normalise
@@ -104,11 +103,8 @@ def time_stencil(channels: int = 3, reach: int = 4) -> tuple[float, float]:
 
 def time_orthogonal_steps() -> tuple[float, float]:
     """Milliseconds of what makes the steps of all matrices of the default network, on the matrices themselves and as it is."""
-    config, header = (
-        Run(1, "two-level", 2).config(2 * PATCH),
-        VolumeHeader(1, ("u", "v", "w"), (2 * PATCH,) * 3, (1.0,) * 3, (True,) * 3),
-    )
-    optimiser = make_optimiser(config, make_model(config, white_field(config, header)))
+    config = Run(1, "two-level", 2).config(2 * PATCH)
+    optimiser = make_optimiser(config, make_model(config, white_field(config, velocities(2 * PATCH))))
     matrices = [torch.randn_like(p).flatten(1) for p in optimiser.param_groups[0]["params"]]
 
     def all_by(way: Callable[[Tensor], Tensor]) -> Tensor:

@@ -98,12 +98,17 @@ RATIOS: tuple[tuple[str, str, float | None], ...] = (  # one run over another, a
 )
 
 
+def velocities(grid: int) -> VolumeHeader:
+    """The header of a sample with three channels."""
+    return VolumeHeader(1, ("u", "v", "w"), (grid,) * 3, (1.0,) * 3, (True,) * 3)
+
+
 def measure(run: Run, grid: int, steps: int, comm: Communicator) -> Row:
     """Median seconds of a training step on this communicator's ranks. Collective."""
     config = run.config(grid)
     torch.set_num_threads(1)
     keep_freed_memory(CPU, run.at_once)
-    header = VolumeHeader(1, ("u", "v", "w"), (grid,) * 3, (1.0,) * 3, (True,) * 3)
+    header = velocities(grid)
     field, exchange = white_field(config, header), Exchange(decompose(config, comm.size), comm, config.model.reach)
     network = make_model(config, field)
     denoiser, optimiser = make_denoiser(config, field, network, exchange), torch.optim.Adam(network.parameters(), fused=True)
@@ -261,7 +266,8 @@ def main() -> None:
     rows: list[Row] = []
     path = stem(f"step_{args.grid}" + "-some" * (args.runs != list(RUNS)))
     for i in range(args.rounds):
-        for name, run in ((name, RUNS[name]) for name in args.runs):
+        for name in args.runs:
+            run = RUNS[name]
             if run.precision == "full" or computes_bfloat16(CPU):
                 options = ("--worker", name, "--grid", str(args.grid), "--steps", str(args.steps))
                 rows.append({"round": i, "run": name, **json.loads(launch(run.ranks, __file__, *options).splitlines()[-1])})

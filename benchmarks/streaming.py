@@ -36,7 +36,7 @@ from ddpatch.data.fields import FieldFile
 from ddpatch.io.volume import VolumeHeader, write_volume
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import measure_field, resolve
-from ddpatch.sample import sample
+from ddpatch.sample import Sampler, sample
 from ddpatch.training import Training
 
 RESULTS = Path(__file__).parent / "results"
@@ -125,7 +125,8 @@ def draw_sample(case: Case, folder: Path, comm: Communicator) -> Facts:
         if comm.rank == 0:
             print(f"{case.name}: {done} of {total} evaluations, {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
 
-    sample(folder / "run", folder / "sample.h5", 1, comm, steps=case.steps, grid=(case.grid,) * 3, progress=progress)
+    sampler = Sampler(folder / "run", comm, (case.grid,) * 3)
+    sample(sampler, folder / "sample.h5", 1, steps=case.steps, progress=progress)
     return {"seconds": max(comm.gather(time.perf_counter() - began)), "start": start, "memory": highest_memory(comm)}
 
 

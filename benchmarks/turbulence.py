@@ -49,7 +49,7 @@ from turbulence_page import GIVEN, report
 from ddpatch.calibration import CALIBRATION
 from ddpatch.couplings import COUPLINGS
 
-LONGEST = ("full-domain", "u-net", "two-level", "halo", "tokens", "none")  # first, so that no core waits for the last ones
+LONGEST = ("full-domain", "u-net", "two-level", "halo", "tokens", "none")  # first, in 3-D before 2-D: no core waits at the end
 FEWER = {"overlapping windows": 16, "moving tiling": 4}  # times as many samples are drawn of the other schemes
 UNCALIBRATED = "none"  # patches that show have an energy that no level scale mends
 WORKERS = 1 if torch.cuda.is_available() else min(2, len(os.sched_getaffinity(0)))  # trainings at a time, and ranks of a sampling

@@ -32,7 +32,7 @@ from ddpatch.model.two_level import count_parameters
 from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, patch_noise
 from ddpatch.run import dtype
-from ddpatch.sample import Sampler, fill
+from ddpatch.sample import Sampler, sample
 
 WAYS = ("moving", "fixed", "lagged", "overlap", GIVEN)
 
@@ -63,7 +63,7 @@ def draw(run: Path, way: str, count: int, output: Path, patch: tuple[int, ...], 
         sampler.noise = partial(joined_noise, sampler, patch)  # type: ignore[method-assign]
     comm.bytes.clear()
     start = time.perf_counter()
-    fill(output, sampler, count, "dpm++2m", 20, shift=way == "moving", seed=seed, overwrite=True, level_scale=scale)
+    sample(sampler, output, count, "dpm++2m", 20, shift=way == "moving", seed=seed, overwrite=True, level_scale=scale)
     return {
         "energy": read_calibration(run / CALIBRATION).get("energy"),
         "level_scale": scale.mean,

@@ -76,6 +76,7 @@ def train(args: argparse.Namespace, comm: Communicator) -> None:
 
 def sample(args: argparse.Namespace, comm: Communicator) -> None:
     """Draw samples from a run."""
+    from ddpatch.sample import Sampler
     from ddpatch.sample import sample as run
 
     with tqdm(desc="sample", unit="solver step", disable=comm.rank > 0) as bar:
@@ -85,17 +86,14 @@ def sample(args: argparse.Namespace, comm: Communicator) -> None:
             bar.update(done - bar.n)
 
         run(
-            args.run,
+            Sampler(args.run, comm, args.grid, args.set),
             args.output,
             args.count,
-            comm,
             args.solver,
             args.steps,
             args.shift,
             args.seed,
-            args.grid,
             args.mode,
-            args.set,
             args.overwrite,
             progress,
             None if args.time_limit is None else parse_duration(args.time_limit),

@@ -19,7 +19,7 @@ from ddpatch.diffusion.schedule import MAX_FACTOR, MIN_FACTOR, ROUND_OFF, Schedu
 from ddpatch.errors import UserError
 from ddpatch.parallel.comm import Communicator
 from ddpatch.run import Field
-from ddpatch.sample import Sampler, fill
+from ddpatch.sample import Sampler, sample
 from ddpatch.statistics.spectrum import mode_deviation
 
 SEED = 0  # of the noise
@@ -70,7 +70,8 @@ def calibrate(
         folder: Of the run; its newest checkpoint is calibrated.
         comm: The ranks that share every sample.
         count: Samples of the last trial.
-        solver, steps, overrides: As for :func:`ddpatch.sample.sample`.
+        solver, steps: As for :func:`ddpatch.sample.sample`.
+        overrides: As for :class:`ddpatch.sample.Sampler`.
         progress: Called on every rank with the solver steps done and to do.
 
     Returns:
@@ -94,9 +95,9 @@ def calibrate(
     exact = trials.draw(ones)
     raised = [trials.draw(ones + TRIAL * one) for one in torch.eye(KNOTS, dtype=torch.float64)]
     slopes = torch.stack([(found.mean(0) / exact[:paired].mean(0)).log() / TRIAL for found in raised], dim=1)
-    few_tell, slope = excess(exact, sampler), float(slopes.sum(1).mean())
-    first = fit(few_tell, slopes, ones)
-    check_mendable(first, slope, few_tell.values, folder)  # before the samples that cost most
+    start, slope = excess(exact, sampler), float(slopes.sum(1).mean())
+    first = fit(start, slopes, ones)
+    check_mendable(first, slope, start.values, folder)  # before the samples that cost most
     last = excess(trials.draw(first), sampler)
     scale = fit(last, slopes, first)
     before, after = (last.values + slopes @ (values - first) for values in (ones, scale))
@@ -127,7 +128,7 @@ class Trials:
 
     Arguments:
         sampler: Of the run.
-        solver, steps: As for :func:`ddpatch.sample.fill`.
+        solver, steps: As for :func:`ddpatch.sample.sample`.
         levels: Noise levels at which λ has values.
         counts: Samples of every trial.
         progress: Called on every rank with the solver steps done and to do.
@@ -144,10 +145,10 @@ class Trials:
 
     def draw(self, values: Tensor) -> Tensor:
         """The energies of the next trial in all shells that the data hold, with shape ``[sample, shell]``. Collective."""
-        sampler, folder, comm, field = self.sampler, self.sampler.folder, self.sampler.comm, self.sampler.field
+        folder, comm, field = self.sampler.folder, self.sampler.comm, self.sampler.field
         path, scale = folder / f".calibration-{self.drawn}.h5", LevelScale(tuple(values.tolist()), self.levels)
         how: dict[str, Any] = {"seed": SEED, "mode": "gather", "overwrite": True, "level_scale": scale}
-        fill(path, sampler, self.counts[self.drawn], self.solver, self.steps, progress=self._report, **how)
+        sample(self.sampler, path, self.counts[self.drawn], self.solver, self.steps, progress=self._report, **how)
         found = shell_energies(path, field, comm)
         comm.on_root(lambda: _remove(path))
         self.drawn += 1

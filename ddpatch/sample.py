@@ -209,39 +209,8 @@ class Sampler:
 
 
 def sample(
-    folder: Path,
-    output: Path,
-    count: int,
-    comm: Communicator,
-    solver: str | None = None,
-    steps: int | None = None,
-    shift: bool | None = None,
-    seed: int = 0,
-    grid: Sequence[int] | None = None,
-    mode: str | None = None,
-    overrides: Sequence[str] = (),
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    time_limit: float | None = None,
-) -> None:
-    """Draw samples from a trained run into one file, with an XDMF sidecar. Collective.
-
-    Arguments:
-        folder: Of the run.
-        comm, grid, overrides: As for :class:`Sampler`.
-        output, count, solver, steps, shift, seed, mode, overwrite, progress, time_limit: As for :func:`fill`.
-
-    Raises:
-        Left: on all ranks, after a signal to one of them or at the end of the time, when a batch is on the disk.
-        UserError: if run, grid, ranks or output do not fit.
-    """
-    sampler = Sampler(folder, comm, grid, overrides)
-    fill(output, sampler, count, solver, steps, shift, seed, mode, overwrite, progress, time_limit)
-
-
-def fill(
-    output: Path,
     sampler: Sampler,
+    output: Path,
     count: int,
     solver: str | None = None,
     steps: int | None = None,
@@ -253,15 +222,15 @@ def fill(
     time_limit: float | None = None,
     level_scale: LevelScale | None = None,
 ) -> None:
-    """Fill a file with samples. Collective.
+    """Draw samples into one file, with an XDMF sidecar. Collective.
 
     Samples are kept batch by batch: after a failure, or on notice, the same call makes those that are missing.
 
     Arguments:
-        output: File of the samples.
         sampler: What draws them.
+        output: File of the samples.
         count: Number of samples; sample k depends on ``seed`` and k only.
-        solver, steps, shift, mode: Override the configuration of the run.
+        solver, steps, shift, mode: Override the configuration of the sampler.
         seed: Of the series.
         overwrite: Replace an existing file.
         progress: Called on every rank with the solver steps done and to do, all samples together.
@@ -269,7 +238,8 @@ def fill(
         level_scale: What the denoiser is told of the noise level. Default: :meth:`Sampler.level_scale`.
 
     Raises:
-        Left, UserError: as :func:`sample`.
+        Left: on all ranks, after a signal to one of them or at the end of the time, when a batch is on the disk.
+        UserError: if count or output do not fit.
     """
     if count < 1:
         raise UserError(f"--count {count}: expected at least 1 sample")

@@ -36,7 +36,7 @@ def sampling(run: Path, output: Path, before: str = "") -> str:
         f"    os.write(1, f'drawn {{samples[0]}}\\n'.encode())\n{before}"
         "    return known(self, samples, *rest)\n"
         "Sampler.draw = draw\n"
-        f"sample(Path({str(run)!r}), Path({str(output)!r}), 6, comm, steps=2)"
+        f"sample(Sampler(Path({str(run)!r}), comm), Path({str(output)!r}), 6, steps=2)"
     )
 
 

@@ -127,7 +127,7 @@ def test_sampling_takes_what_was_calibrated_for_its_checkpoint_and_levels(comm: 
     scale, warnings = scale_and_warnings(sampler, 4)
     assert scale == LevelScale() and warnings[1:] == nothing[1:]
     assert "calibration.json: not used, for it is of another number of steps; run ddpatch calibrate again" in warnings[0]
-    sample(run, shared_path / "samples.h5", 1, comm, "heun", 3)
+    sample(sampler, shared_path / "samples.h5", 1, "heun", 3)
     with h5py.File(shared_path / "samples.h5") as file:
         assert file["fields"].attrs["noise_scale"].tolist() == [1.02]
     assert Sampler(run, comm, overrides=["sample.noise_scale=1.5"]).level_scale("heun", 3) == LevelScale((1.5,))

@@ -66,7 +66,7 @@ def test_it_takes_most_of_the_chance_out_of_the_energy_of_samples(comm: Communic
     """The network is the exact linear denoiser and a little noise, so that samples are what the noise says."""
     data = comm.on_root(lambda: write_fields(shared_path / "data.h5", samples=32))
     train(small_config(data, "float32", train={"steps": 1, "batch": 8}, model={"halo": 4}), shared_path / "run", comm)
-    sample(shared_path / "run", shared_path / "samples.h5", 16, comm, "dpm++2m", 10, seed=SEED)
+    sample(Sampler(shared_path / "run", comm), shared_path / "samples.h5", 16, "dpm++2m", 10, seed=SEED)
     sampler = Sampler(shared_path / "run", comm)
     controlled = excess(shell_energies(shared_path / "samples.h5", sampler.field, comm), sampler).mean
     with FieldFile(shared_path / "samples.h5") as file:

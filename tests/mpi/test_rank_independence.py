@@ -103,7 +103,7 @@ def test_samples_do_not_depend_on_how_many_are_drawn_at_a_time(comm: Communicato
     drawn = []
     for together in ("null", "1", "3"):
         path = shared_path / f"{together}.h5"
-        sample(shared_path / "run", path, 4, comm, steps=3, overrides=[f"sample.batch={together}"])
+        sample(Sampler(shared_path / "run", comm, overrides=[f"sample.batch={together}"]), path, 4, steps=3)
         with FieldFile(path) as file:
             drawn.append(torch.stack([torch.from_numpy(file.read(i, (0, 0), (16, 24))) for i in range(4)]))
     torch.testing.assert_close(drawn[1], drawn[0], rtol=1e-4, atol=1e-4)
