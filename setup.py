@@ -47,6 +47,7 @@ setup(
         "mpich": ["mpich>=4"],
         "report": REPORT,
         "tensorboard": TENSORBOARD,
+        "peers": ["monai>=1.5"],
         "test": TEST + REPORT,
         "lint": LINT,
         "dev": TEST + REPORT + LINT,

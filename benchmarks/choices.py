@@ -69,7 +69,7 @@ def time_merge(channels: int = WIDTH) -> tuple[float, float]:
     cell = PATCH // TOKENS
 
     def splines() -> Interpolation:
-        return Interpolation(tokens.movedim(1, -1), [spline_weights(TOKENS, cell, 2, RING, 1)] * 3)
+        return Interpolation(tokens.movedim(1, -1), [spline_weights(TOKENS, cell, 2, RING, 1, tokens.device)] * 3)
 
     def step_by_step() -> Tensor:
         wide = torch.cat([doubled(coarse, rim=1).points(), skip], dim=1)

@@ -7,8 +7,8 @@ Whole steps of the optimiser (:meth:`ddpatch.training.Training.advance`) on a ro
 is one. Every way of execution runs in a process of its own. Operations are those of convolutions and matrix products
 (ddpatch/ledger.py; with those that groups repeat), their peak that of the product of two square matrices of the same type.
 Traffic is what all other operations read and write, were nothing in a cache, and its peak that of a copy. Where the host waits
-for a number, the device may idle: that is counted too. The report goes to benchmarks/results/, with the largest entries of a
-profile.
+for a number, the device may idle: that is counted too, less what a profile of nothing has. The report goes to
+benchmarks/results/, with the largest entries of a profile.
 """
 
 from __future__ import annotations
@@ -100,15 +100,13 @@ def measure(way: str, args: argparse.Namespace) -> Row:
         first = seconds(training.advance, device)
         taken = statistics.median([seconds(training.advance, device) for _ in range(1 + args.steps)][1:])
         memory, traffic = peak_memory(device), Traffic()
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        with profile(activities=activities) as found:
-            seconds(training.advance, device)
+        found = profiled(training.advance, device)
+        waits = count_waits(found) - count_waits(profiled(lambda: None, device))
         if not execution.compile:
             with traffic:
                 training.advance()
         flops = rehearse(training.config, training.batches.file.header, 1).step.flops
     peak, bandwidth = measure_peaks(torch.bfloat16 if execution.precision == "bfloat16" else torch.float32, device)
-    waits = sum(entry.count for entry in found.key_averages() if "Synchronize" in entry.key) - 2  # two are of seconds()
     return {
         "way": way,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "processor",
@@ -124,7 +122,20 @@ def measure(way: str, args: argparse.Namespace) -> Row:
     }
 
 
-def entries(found: Any, device: torch.device) -> list[tuple[str, int, float]]:
+def profiled(action: Callable[[], object], device: torch.device) -> profile:
+    """The profile of one action."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+    with profile(activities=activities) as found:
+        seconds(action, device)
+    return found
+
+
+def count_waits(found: profile) -> int:
+    """How often the host waited for a GPU."""
+    return sum(entry.count for entry in found.key_averages() if "Synchronize" in entry.key)
+
+
+def entries(found: profile, device: torch.device) -> list[tuple[str, int, float]]:
     """Name, calls and seconds of the largest entries: kernels on a GPU, operations on a processor."""
     gpu = device.type == "cuda"
     wanted = [entry for entry in found.key_averages() if entry.device_type.name == ("CUDA" if gpu else "CPU")]

@@ -1,6 +1,6 @@
 """Side by side with what one would take instead: MONAI's U-Net on the whole volume, and a U-Net cut into slabs.
 
-    pip install --no-deps monai==1.6.1
+    pip install -c constraints.txt -e .[mpich,peers]
     python benchmarks/peers.py                  # about half an hour on two cores; needs them to itself
 
 Training steps and evaluations on the same volume of white noise, with the same preconditioned loss and Adam, one thread per rank.

@@ -29,7 +29,7 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.imagined import META, ImaginedRanks
 from ddpatch.run import Field, decompose, dtype, replicas, stencil_reach
 from ddpatch.statistics.covariance import Moments
-from ddpatch.training import Training
+from ddpatch.training import Batch, Training
 
 KEPT = WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
 SAME_MOMENT = 0.1  # of an operation's peak may shrink with more patches, or grow faster than their number
@@ -73,12 +73,18 @@ class Rehearsal(Training):
         if self.model.linear is not None:
             self.model.linear.power = self.model.linear.power.to(self.device)
 
-    def next_batch(self) -> tuple[Tensor, Tensor, Tensor]:
+    def next_batch(self) -> Batch:
         """As a batch is shaped."""
         share = len(block_range(self.config.train.batch, self.grid.replicas, self.grid.replica))
         shape = (share, len(self.coupling.patches), len(self.field.channels), *self.decomposition.patch_shape)
         clean = torch.zeros(shape, dtype=dtype(self.config), device=self.device)
         return clean, torch.zeros_like(clean), torch.ones(share, dtype=torch.float64, device=self.device)
+
+    def advance(self) -> float:
+        """One step, which leaves no batch to whatever comes next."""
+        loss = super().advance()
+        self._ahead = None
+        return loss
 
     def fill_moments(self) -> None:
         """What a step leaves to the next: gradients, and what the optimiser keeps."""

@@ -15,7 +15,7 @@ from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import block_range
 from ddpatch.diffusion.average import AveragedModel
 from ddpatch.errors import UserError
-from ddpatch.execution import compile_fine_level, keep_freed_memory
+from ddpatch.execution import compile_fine_level, keep_freed_memory, send
 from ddpatch.io import checkpoint
 from ddpatch.notice import Notice
 from ddpatch.parallel.collectives import Exchange
@@ -36,6 +36,7 @@ from ddpatch.run import (
 
 MOST_SKIPPED = 10
 BROKEN, LEAVE = 1, 2  # what ranks tell each other after every step
+Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class Training:
@@ -76,32 +77,34 @@ class Training:
         )
         self.step = self.samples_seen = self.skipped = self.in_a_row = 0
         self.leaving = False
+        self._ahead: Batch | None = None
 
     def advance(self) -> float:
         """One optimiser step on the next batch; returns the loss, the mean over all elements. Collective.
 
         Where loss or gradients are not finite, on whichever rank, no rank takes the step: it is counted, and the loss is NaN.
+        A device is waited for once, when it has been told all but the update, and while it works the next batch is read.
 
         Raises:
             UserError: on all ranks, after :data:`MOST_SKIPPED` such steps in a row.
         """
         train = self.config.train
-        loss = self.accumulate(*self.next_batch())
+        total = self.accumulate(*self._take_batch())
         self.gradients.finish()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), train.clip)
-        broken = not bool(torch.isfinite(loss) & torch.isfinite(norm))
-        flags = self.comm.union(BROKEN * broken | LEAVE * self.notice.given())
-        finite, self.leaving = not flags & BROKEN, bool(flags & LEAVE)
-        if finite:
-            for group in self.optimiser.param_groups:
-                group["lr"] = learning_rate(self.step, train.steps, train.warmup) * train.learning_rate
-            self.optimiser.step()
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.step, train.steps, train.warmup) * train.learning_rate
         self.step += 1
         self.samples_seen += train.batch
+        self._ahead = self.next_batch() if self.step < train.steps else None
+        loss = float(total + 0 * norm)  # not finite where either is not
+        flags = self.comm.union(BROKEN * (not math.isfinite(loss)) | LEAVE * self.notice.given())
+        finite, self.leaving = not flags & BROKEN, bool(flags & LEAVE)
         if finite:
+            self.optimiser.step()
             self.average.update(self.model, train.batch, self.samples_seen)
         self._count(finite)
-        return float(loss) if finite else math.nan
+        return loss if finite else math.nan
 
     def _count(self, finite: bool) -> None:
         """Count skipped steps, and end the run after too many in a row."""
@@ -113,7 +116,12 @@ class Training:
                 f"{self.step - MOST_SKIPPED + 1} on; the weights are those before it"
             )
 
-    def next_batch(self) -> tuple[Tensor, Tensor, Tensor]:
+    def _take_batch(self) -> Batch:
+        """The next batch, which the step before may have read."""
+        ahead, self._ahead = self._ahead, None
+        return self.next_batch() if ahead is None else ahead
+
+    def next_batch(self) -> Batch:
         """Own clean patches and unit noise, ``[sample, local patch, channel, *patch_shape]``, and one σ per sample: those of this
         replica.
         """
@@ -124,7 +132,7 @@ class Training:
         noise = patch_noise(clean.shape[2:], train.seed, Stream.NOISE, draws, 0, self.coupling.patches, clean.dtype)
         uniform = generator(train.seed, Stream.SIGMA, self.step).random()
         sigma = self.field.schedule.training(uniform, train.batch)[share.start : share.stop]
-        return clean.to(self.device), noise.to(self.device), sigma.to(self.device)
+        return send(clean, self.device), send(noise, self.device), send(sigma, self.device)
 
     def accumulate(self, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """Gradients of the local loss, and the global loss, detached. Collective.
@@ -155,7 +163,7 @@ class Training:
         checkpoint.restore_weights(self.model, state["model"], origin)
         checkpoint.restore_weights(self.average.module, state["ema"], origin)
         self.optimiser.load_state_dict(state["optimiser"])
-        self.step, self.samples_seen = state["step"], state["samples_seen"]
+        self.step, self.samples_seen, self._ahead = state["step"], state["samples_seen"], None
 
 
 def learning_rate(step: int, steps: int, warmup: int) -> float:

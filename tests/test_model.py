@@ -36,6 +36,7 @@ from ddpatch.model.unet import Decoder, Encoder
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator
 
+CPU = torch.device("cpu")
 SMALL = {"channels": (8, 8), "token_channels": 4, "tokens": 2, "coarse_width": 16, "coarse_layers": 2, "coarse_heads": 2}
 
 
@@ -108,7 +109,7 @@ def test_attention_is_that_of_a_table_of_all_pairs(block: int) -> None:
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     x, normed, embedding = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((12, width), (12, width), (3,)))
-    places = token_places((4, 3)).flatten(0, 1)
+    places = token_places((4, 3), CPU).flatten(0, 1)
 
     def pool(rows: torch.Tensor) -> torch.Tensor:
         return rows.unflatten(1, (-1, block)).mean(2)
@@ -234,7 +235,7 @@ def test_the_rim_of_splines_is_what_neighbours_have() -> None:
 @pytest.mark.parametrize("degree", [2, 3, 5])
 def test_interpolation_reproduces_linear_functions(degree: int) -> None:
     ring, rim = neighbours(degree, rim=2, cell=4), 2
-    weights = spline_weights(4, 4, degree, ring, rim)
+    weights = spline_weights(4, 4, degree, ring, rim, CPU)
     centres = torch.arange(-ring, 4 + ring, dtype=torch.float64) + 0.5
     points = (torch.arange(-rim, 16 + rim, dtype=torch.float64) + 0.5) / 4
     torch.testing.assert_close((2 * centres - 3) @ weights, 2 * points - 3)
@@ -325,7 +326,7 @@ def test_tokens_are_where_their_places_say() -> None:
     decomposition = Decomposition((4, 6), (2, 2))
     where = torch.stack(torch.meshgrid(torch.arange(4.0), torch.arange(6.0), indexing="ij"))[None] + 0.5
     tokens = cut(where, decomposition).flatten(3).transpose(2, 3)
-    torch.testing.assert_close(to_canvas(tokens, patch_grid, q)[0].double(), token_places([n * q for n in patch_grid]))
+    torch.testing.assert_close(to_canvas(tokens, patch_grid, q)[0].double(), token_places([n * q for n in patch_grid], CPU))
     torch.testing.assert_close(from_canvas(to_canvas(tokens, patch_grid, q), patch_grid, q), tokens)
 
 

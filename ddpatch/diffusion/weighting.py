@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -36,6 +37,12 @@ class RelativeError:
 
     def __call__(self, sigma: Tensor) -> Tensor:
         """λ(σ) for noise levels ``[sample]``."""
-        power, modes = (torch.tensor(v, dtype=sigma.dtype, device=sigma.device) for v in (self.deviation, self.modes))
+        power, modes = (_values(tuple(v), sigma.dtype, sigma.device) for v in (self.deviation, self.modes))
         square = sigma.square()[:, None]
         return modes.sum() / (modes * power.square() * square / (power.square() + square)).sum(1)
+
+
+@cache
+def _values(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept where they are wanted: a device would wait for a copy."""
+    return torch.tensor(values, dtype=dtype, device=device)

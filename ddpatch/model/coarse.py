@@ -189,12 +189,12 @@ class ConvolutionalCommunicator(nn.Module):
         return h.movedim(1, -1)
 
 
-def token_places(token_grid: Sequence[int]) -> Tensor:
+def token_places(token_grid: Sequence[int], device: torch.device) -> Tensor:
     """Coordinates of the token centres in token spacings, with shape ``[*token_grid, axis]``."""
-    axes = [torch.arange(n, dtype=torch.float64) + 0.5 for n in token_grid]
+    axes = [torch.arange(n, dtype=torch.float64, device=device) + 0.5 for n in token_grid]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
-def closing_lengths(token_grid: Sequence[int], periodic: Sequence[bool]) -> Tensor:
+def closing_lengths(token_grid: Sequence[int], periodic: Sequence[bool], like: Tensor) -> Tensor:
     """Length of each axis before it closes, in token spacings, with shape ``[axis]``: a wall doubles it."""
-    return torch.tensor([n * (1.0 if wraps else 2.0) for n, wraps in zip(token_grid, periodic, strict=True)])
+    return torch.cat([like.new_full((1,), n * (1.0 if wraps else 2.0)) for n, wraps in zip(token_grid, periodic, strict=True)])

@@ -58,18 +58,19 @@ def doubled(x: Tensor, wraps: bool = False, rim: int = 0) -> Interpolation:
         wraps: Whether the cells close on themselves, so that there are no outermost ones.
         rim: Points to add on every side, with the values of the outermost ones.
     """
-    return Interpolation(x.movedim(1, -1), [halving(n, wraps, rim) for n in x.shape[2:]])
+    return Interpolation(x.movedim(1, -1), [halving(n, wraps, rim, x.device) for n in x.shape[2:]])
 
 
-def halving(cells: int, wraps: bool = False, rim: int = 0) -> Tensor:
-    """Weights of the two nearest cells for every new point, with shape ``[cells, 2 cells + 2 rim]``."""
-    new = torch.arange(-rim, 2 * cells + rim)
+def halving(cells: int, wraps: bool, rim: int, device: torch.device) -> Tensor:
+    """Weights of the two nearest cells for every new point, with shape ``[cells, 2 cells + 2 rim]``.
+
+    Made where they are wanted, since a device would wait for a copy; not kept, since compilers look through caches.
+    """
+    new, own = torch.arange(-rim, 2 * cells + rim, device=device), torch.arange(cells, device=device)[:, None]
     points = ((new if wraps else new.clamp(0, 2 * cells - 1)) + 0.5).double() / 2 - 0.5
     left = points.floor() if wraps else points.floor().clamp(0, max(cells - 2, 0))
-    weights = torch.zeros(cells, len(new), dtype=torch.float64)
-    for cell, share in ((left, 1 - (points - left)), (left + 1, points - left)):
-        weights.index_put_((cell.long() % cells, new + rim), share, accumulate=True)
-    return weights
+    first, second = ((cell.long() % cells == own).double() for cell in (left, left + 1))
+    return first * (1 - (points - left)) + second * (points - left)
 
 
 def map_rows(x: Tensor, weights: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -16,7 +16,9 @@ def num_coordinate_features(periodic: Sequence[bool], modes: int) -> int:
     return 2 * modes * len(periodic) + (not all(periodic))
 
 
-def coordinate_features(decomposition: Decomposition, patches: Sequence[int], halo: int, modes: int) -> Tensor:
+def coordinate_features(
+    decomposition: Decomposition, patches: Sequence[int], halo: int, modes: int, device: torch.device
+) -> Tensor:
     """Fourier features of the coordinates of windows' points.
 
     For mode m = 1..modes and every axis with coordinate x in [0, 1): cos and sin of 2π m x on periodic axes, of π m x between
@@ -27,18 +29,19 @@ def coordinate_features(decomposition: Decomposition, patches: Sequence[int], ha
         patches: Global numbers of the patches.
         halo: Points of the window on every side of the patch.
         modes: Number of modes; 0 for homogeneous data.
+        device: Where they are wanted, and made, since a device would wait for a copy.
 
     Returns:
         Shape ``[patch, feature, *(patch_shape + 2 halo)]``.
     """
-    return torch.stack([_window_features(decomposition, decomposition.start(patch), halo, modes) for patch in patches])
+    return torch.stack([_window_features(decomposition, decomposition.start(p), halo, modes, device) for p in patches])
 
 
-def _window_features(decomposition: Decomposition, start: Sequence[int], halo: int, modes: int) -> Tensor:
+def _window_features(decomposition: Decomposition, start: Sequence[int], halo: int, modes: int, device: torch.device) -> Tensor:
     shape = tuple(n + 2 * halo for n in decomposition.patch_shape)
-    features, inside = [], torch.ones(shape)
+    features, inside = [], torch.ones(shape, device=device)
     for axis, wraps in enumerate(decomposition.periodic):
-        points = torch.arange(shape[axis]) + start[axis] - halo
+        points = torch.arange(shape[axis], device=device) + start[axis] - halo
         along = [1] * len(shape)
         along[axis] = -1
         x = ((points + 0.5) / decomposition.grid_shape[axis]).view(along)
@@ -49,4 +52,4 @@ def _window_features(decomposition: Decomposition, start: Sequence[int], halo: i
             inside = inside * ((points >= 0) & (points < decomposition.grid_shape[axis])).view(along)
     if not all(decomposition.periodic):
         features.append(inside)
-    return torch.stack(features) if features else torch.empty(0, *shape)
+    return torch.stack(features) if features else torch.empty(0, *shape, device=device)

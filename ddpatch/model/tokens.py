@@ -60,9 +60,9 @@ class Restriction(nn.Module):
             return features.flatten(3).transpose(2, 3)
         means, cells = windows, []
         for axis, (points, q, most) in enumerate(zip(windows.shape[3:], self.shape, overlap, strict=True), start=3):
-            kernel = weighting((points - 2 * margin) // q, most)
-            cells.append(kernel)
-            means = along(means, axis, averages(kernel, points, margin, q))
+            cell = (points - 2 * margin) // q
+            cells.append(weighting(cell, most))
+            means = along(means, axis, averages(cell, most, points, margin, windows.device))
         scale = mean_scale(sigma, cells).view(-1, *(1,) * (windows.ndim - 1))
         return torch.cat([features, means * scale], dim=2).flatten(3).transpose(2, 3)
 
@@ -112,7 +112,7 @@ def splines(canvas: Tensor, decomposition: Decomposition, patches: Sequence[int]
     ring = neighbours(degree, rim, min(cells))
     framed = frame(canvas.movedim(-1, 1), decomposition.periodic, ring).movedim(1, -1)
     boxes = own_boxes(framed, decomposition, patches, per_patch, 2 * ring).flatten(0, 1)
-    weights = [spline_weights(q, cell, degree, ring, rim) for cell, q in zip(cells, per_patch, strict=True)]
+    weights = [spline_weights(q, cell, degree, ring, rim, canvas.device) for cell, q in zip(cells, per_patch, strict=True)]
     return Interpolation(boxes, weights)
 
 
@@ -130,14 +130,15 @@ def weighting(cell: int, overlap: int) -> Tensor:
     return F.conv1d(torch.full((1, 1, cell), 1 / cell).double(), torch.full((1, 1, w), 1 / w).double(), padding=w - 1)[0, 0]
 
 
-def averages(kernel: Tensor, points: int, margin: int, q: int) -> Tensor:
-    """The means of the q cells of a window along one axis, as a matrix with shape ``[points, q]``."""
-    cell = (points - 2 * margin) // q
+@cache
+def averages(cell: int, overlap: int, points: int, margin: int, device: torch.device) -> Tensor:
+    """The weighted means of the q cells of a window along one axis, as a matrix with shape ``[points, q]``; kept."""
+    kernel, q = weighting(cell, overlap), (points - 2 * margin) // cell
     first = margin - (len(kernel) - cell) // 2
     matrix = kernel.new_zeros(points, q)
     for i in range(q):
         matrix[first + i * cell : first + i * cell + len(kernel), i] = kernel
-    return matrix
+    return matrix.to(device)
 
 
 def mean_scale(sigma: Tensor, kernels: Sequence[Tensor]) -> Tensor:
@@ -171,7 +172,7 @@ def neighbours(degree: int, rim: int = 0, cell: int = 1) -> int:
 
 
 @cache
-def spline_weights(q: int, cell: int, degree: int, ring: int, rim: int = 0) -> Tensor:
+def spline_weights(q: int, cell: int, degree: int, ring: int, rim: int, device: torch.device) -> Tensor:
     """B-splines of q tokens and some neighbours on either side, at the q * cell points between, along one axis.
 
     Arguments:
@@ -180,12 +181,13 @@ def spline_weights(q: int, cell: int, degree: int, ring: int, rim: int = 0) -> T
         degree: Of the splines.
         ring: Neighbours, at least :func:`neighbours`.
         rim: Points beyond the patch, on either side.
+        device: Where they are wanted.
 
     Returns:
         Weights with shape ``[q + 2 ring, q * cell + 2 rim]``; every column sums to 1.
     """
-    points = (torch.arange(-rim, q * cell + rim, dtype=torch.float64) + 0.5) / cell - 0.5
-    return bspline(points[None] - torch.arange(-ring, q + ring, dtype=torch.float64)[:, None], degree)
+    points = (torch.arange(-rim, q * cell + rim, dtype=torch.float64, device=device) + 0.5) / cell - 0.5
+    return bspline(points[None] - torch.arange(-ring, q + ring, dtype=torch.float64, device=device)[:, None], degree)
 
 
 def frame(canvas: Tensor, periodic: Sequence[bool], width: int = 1) -> Tensor:
@@ -280,15 +282,15 @@ def pool(x: Tensor, shape: Sequence[int]) -> Tensor:
     x = x.movedim(1, -1)
     for axis, n in enumerate(shape, start=1):
         if x.shape[axis] != n:
-            x = along(x, axis, pooling(x.shape[axis], n))
+            x = along(x, axis, pooling(x.shape[axis], n, x.device))
     return x.movedim(-1, 1)
 
 
 @cache
-def pooling(points: int, blocks: int) -> Tensor:
+def pooling(points: int, blocks: int, device: torch.device) -> Tensor:
     """Means over the points that meet each of equal blocks, along one axis: weights with shape ``[points, blocks]``."""
     matrix = torch.zeros(points, blocks, dtype=torch.float64)
     for j in range(blocks):
         first, last = j * points // blocks, -(-(j + 1) * points // blocks)
         matrix[first:last, j] = 1 / (last - first)
-    return matrix
+    return matrix.to(device)

@@ -196,8 +196,9 @@ class TwoLevelModel(nn.Module):
 
     def _encode(self, group: Group) -> Features:
         """The features of a group on all levels of the U-Net."""
-        place = coordinate_features(group.grid, group.patches, self.config.reach, self.config.positions).to(group.windows)
-        return Features(*self.encoder(group.windows, place, group.sigma, group.embedding))
+        windows, config = group.windows, self.config
+        place = coordinate_features(group.grid, group.patches, config.reach, config.positions, windows.device).to(windows)
+        return Features(*self.encoder(windows, place, group.sigma, group.embedding))
 
     def _restrict(self, group: Group, features: Features) -> Tensor:
         """The tokens of a group, with shape ``[sample, patch, q^d, feature]``."""
@@ -234,8 +235,8 @@ class TwoLevelModel(nn.Module):
             Coupled tokens in place, and the means among the tokens: shapes ``[sample, *token_grid, width]``, ``[..., channel]``.
         """
         grid, q = coupling.decomposition, self.config.tokens
-        patches = list(coupling.patches if sharded else range(grid.num_patches))
-        places = from_canvas(self._token_features(grid)[None].to(tokens), grid.patch_grid, q)[:, patches]
+        patches = slice(coupling.patches[0], coupling.patches[-1] + 1) if sharded else slice(grid.num_patches)
+        places = from_canvas(self._token_features(grid, tokens)[None], grid.patch_grid, q)[:, patches]
         inputs = torch.cat([tokens, places.expand(len(tokens), -1, -1, -1)], dim=-1)
         if isinstance(self.coarse, CoarseTransformer):
             audience = self._audience(coupling, patches, tokens, sharded)
@@ -247,18 +248,18 @@ class TwoLevelModel(nn.Module):
         found = to_canvas(coupling.gather(known) if sharded else known, grid.patch_grid, q)
         return found[..., : coupled.shape[-1]], found[..., coupled.shape[-1] :]
 
-    def _audience(self, coupling: Coupling, patches: list[int], like: Tensor, sharded: bool) -> Audience:
+    def _audience(self, coupling: Coupling, patches: slice, like: Tensor, sharded: bool) -> Audience:
         """Which tokens attend to which means, in the order of patches."""
         grid, q = coupling.decomposition, self.config.tokens
         token_grid = [n * q for n in grid.patch_grid]
-        places = from_canvas(token_places(token_grid)[None].to(like), grid.patch_grid, q)
-        lengths = closing_lengths(token_grid, self.periodic).to(like)
+        places = from_canvas(token_places(token_grid, like.device)[None].to(like), grid.patch_grid, q)
+        lengths = closing_lengths(token_grid, self.periodic, like)
 
         def pool(rows: Tensor) -> Tensor:
             return mean_blocks(rows, q, self.config.keys, grid.ndim)
 
         def gather(rows: Tensor) -> Tensor:
-            return coupling.gather(rows.unflatten(1, (len(patches), -1))).flatten(1, 2) if sharded else rows
+            return coupling.gather(rows.unflatten(1, (len(coupling.patches), -1))).flatten(1, 2) if sharded else rows
 
         return Audience(places[0, patches].flatten(0, 1), pool(places.flatten(1, 2))[0], lengths, pool, gather)
 
@@ -302,11 +303,11 @@ class TwoLevelModel(nn.Module):
             return out
         return out + splines(group.linear, group.grid, group.patches, DEGREE).points().unflatten(0, out.shape[:2])
 
-    def _token_features(self, decomposition: Decomposition) -> Tensor:
+    def _token_features(self, decomposition: Decomposition, like: Tensor) -> Tensor:
         """Coordinates of all tokens, with shape ``[*token_grid, feature]``: those of a grid with a point per token."""
         token_grid = tuple(n * self.config.tokens for n in decomposition.patch_grid)
         tokens = Decomposition(token_grid, token_grid, 1, decomposition.periodic)
-        return coordinate_features(tokens, [0], 0, self.config.positions)[0].movedim(0, -1)
+        return coordinate_features(tokens, [0], 0, self.config.positions, like.device)[0].movedim(0, -1).to(like)
 
 
 def count_parameters(module: nn.Module) -> int:

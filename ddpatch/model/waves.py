@@ -101,7 +101,7 @@ def _spline(angle: Tensor, cell: int) -> tuple[Tensor, Tensor]:
     points = torch.arange(cell).to(angle) - (cell - 1) / 2
     ring = neighbours(DEGREE)
     tokens = torch.arange(-ring, ring + 1).to(angle) * cell
-    made = torch.exp(1j * angle[:, None] * tokens) @ spline_weights(1, cell, DEGREE, ring).to(torch.complex128)
+    made = torch.exp(1j * angle[:, None] * tokens) @ spline_weights(1, cell, DEGREE, ring, 0, angle.device).to(torch.complex128)
     return (made * torch.exp(-1j * angle[:, None] * points)).real.mean(1), made.abs().square().mean(1)
 
 

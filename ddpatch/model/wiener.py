@@ -111,7 +111,7 @@ class LinearPart(nn.Module):
         grid = means.shape[1:-1]
         dims = tuple(range(1, 1 + len(grid)))
         levels, which = sigma, torch.arange(len(sigma), device=sigma.device)
-        if not torch.is_grad_enabled():  # those of a training differ, and the host would wait for their number
+        if len(sigma) > 1 and not torch.is_grad_enabled():  # the host waits for their number; those of a training differ
             levels, which = sigma.unique(return_inverse=True)
         waves = self.waves(grid)
         gains = torch.stack([self._gain(*level, waves)[0] for level in zip(levels, self.kernels(levels), strict=True)])

@@ -23,7 +23,7 @@ from torch import Tensor
 from ddpatch.errors import Left, UserError
 from ddpatch.parallel.connection import connect
 from ddpatch.parallel.devices import choose_device, visible_gpus
-from ddpatch.parallel.transport import HostTransport, Transport, as_bytes, memory
+from ddpatch.parallel.transport import Transport, as_bytes, memory, through_host
 
 mpi4py.rc.initialize = False  # the launcher is checked before MPI_Init, which would otherwise end the process with its own words
 mpi4py.rc.finalize = True
@@ -75,7 +75,7 @@ class Communicator:
         self.rank, self.size = self._comm.rank, self._comm.size
         self.deterministic = deterministic
         self.device, self.connected = torch.device("cpu"), "host"
-        self._host = HostTransport(self._comm, self._sums)
+        self._host = through_host(self._comm, self._sums)
         self.transport: Transport = self._host
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ddpatch.errors import UserError
 from ddpatch.parallel.torch_transport import TorchTransport
-from ddpatch.parallel.transport import CudaAwareTransport, HostTransport, Transport
+from ddpatch.parallel.transport import CudaAwareTransport, Transport, through_host
 
 CHECKED_NUMBERS = 1000
 
@@ -30,7 +30,7 @@ def connect(name: str, device: torch.device, moves: Any, sums: Any, library: str
         UserError: on all ranks, if the transport does not work on one of them.
     """
     if name == "host":
-        return HostTransport(moves, sums)
+        return through_host(moves, sums)
     gpus = moves.allgather(_identity(device))
     _agree(name, _gpu_obstacle(gpus[moves.rank], library) if name == "cuda-aware" else _group_obstacle(gpus), moves)
     transport = CudaAwareTransport(moves, sums) if name == "cuda-aware" else TorchTransport(moves, device)

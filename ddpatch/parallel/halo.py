@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,13 @@ class Move(NamedTuple):
     """
 
     offset: Index
-    patches: list[int]
+    patches: tuple[int, ...]
+
+
+@cache
+def places(patches: tuple[int, ...], device: torch.device) -> Tensor:
+    """Numbers of patches as an index on the device, which is kept there: it would wait for a copy."""
+    return torch.tensor(patches, device=device)
 
 
 def routes(decomposition: Decomposition, rank: int, offset: Index) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
@@ -80,9 +87,9 @@ class Halo:
         for offset in decomposition.offsets:
             outgoing, incoming = routes(decomposition, self.rank, offset)
             for peer, patches in outgoing.items():
-                self._sends[peer].append(Move(offset, patches))
+                self._sends[peer].append(Move(offset, tuple(patches)))
             for peer, patches in incoming.items():
-                self._receives[peer].append(Move(offset, patches))
+                self._receives[peer].append(Move(offset, tuple(patches)))
 
     def start(self, patches: Tensor, comm: Communicator) -> Arrival:
         """Begin the exchange that makes windows of the own patches; what these give each other is there at once. Collective.
@@ -108,7 +115,7 @@ class Halo:
         """Put what came from some ranks where it belongs."""
         for peer, message in received.items():
             for move, piece in self._unpack(message, self._receives[peer], windows):
-                windows[_at(self._ring(move.offset), move.patches)] = piece
+                windows[_at(self._ring(move.offset), places(move.patches, windows.device))] = piece
 
     def add(self, windows: Tensor, comm: Communicator) -> Tensor:
         """The adjoint of :meth:`start`: the windows' halos are added onto the patches that they came from. Collective.
@@ -126,7 +133,7 @@ class Halo:
         received = self._start(outgoing, self._sends, windows, comm)()
         for peer, moves in self._sends.items():
             for move, piece in self._unpack(received[peer], moves, windows):
-                patches[_at(self._edge(move.offset), move.patches)] += piece
+                patches[_at(self._edge(move.offset), places(move.patches, patches.device))] += piece
         return patches
 
     def _start(
@@ -161,10 +168,11 @@ class Halo:
         return tuple(inner[a] if o == 0 else high if o > 0 else low for a, o in enumerate(offset))
 
 
-def _at(box: Box, patches: list[int] | None = None) -> tuple[Any, ...]:
+def _at(box: Box, patches: Tensor | slice = ALL) -> tuple[Any, ...]:
     """Index of a box in some patches of ``[sample, local patch, channel, *points]``."""
-    return (ALL, ALL if patches is None else patches, ALL, *box)
+    return (ALL, patches, ALL, *box)
 
 
 def _pack(tensor: Tensor, moves: list[Move], box: Callable[[Index], Box]) -> Tensor:
-    return torch.cat([tensor[_at(box(move.offset), move.patches)].reshape(-1) for move in moves])
+    parts = ((box(move.offset), places(move.patches, tensor.device)) for move in moves)
+    return torch.cat([tensor[_at(*part)].reshape(-1) for part in parts])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpatch.decomposition import Decomposition
 from ddpatch.parallel.comm import Communicator
-from ddpatch.parallel.halo import routes
+from ddpatch.parallel.halo import places, routes
 
 
 def roll(patches: Tensor, shifts: Sequence[int], decomposition: Decomposition, comm: Communicator) -> Tensor:
@@ -38,11 +38,11 @@ def _roll_axis(patches: Tensor, axis: int, shift: int, decomposition: Decomposit
     kept, dropped = _ends(patches, dim, shift)
     offset = tuple((1 if shift > 0 else -1) * (a == axis) for a in range(decomposition.ndim))
     sends, receives = routes(decomposition, comm.rank, offset)
-    outgoing = {peer: dropped[:, local].contiguous() for peer, local in sends.items()}
-    incoming = {peer: dropped.new_empty(dropped[:, local].shape) for peer, local in receives.items()}
+    outgoing = {peer: dropped.index_select(1, places(tuple(local), dropped.device)) for peer, local in sends.items()}
+    incoming = {peer: dropped.new_empty(len(dropped), len(local), *dropped.shape[2:]) for peer, local in receives.items()}
     arrived = dropped.new_empty(dropped.shape)
     for peer, message in comm.exchange(outgoing, incoming, kind="roll").items():
-        arrived[:, receives[peer]] = message
+        arrived[:, places(tuple(receives[peer]), arrived.device)] = message
     return torch.cat([kept, arrived] if shift > 0 else [arrived, kept], dim=dim)
 
 

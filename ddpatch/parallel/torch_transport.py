@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ddpatch.parallel.transport import as_bytes, settle
+from ddpatch.parallel.transport import as_bytes, copied, settle
 
 MEETING_LIMIT = timedelta(minutes=5)
 NO_LIMIT = timedelta(weeks=2)  # longer than any job: a rank that dies ends the job through MPI, one that is slow is waited for
@@ -67,13 +67,13 @@ class TorchTransport:
 
     def allreduce(self, tensor: Tensor) -> Tensor:
         """See :class:`~ddpatch.parallel.transport.Transport`. Collective."""
-        total = _copy(tensor)
+        total = copied(tensor)
         self._moves.allreduce([total]).wait()
         return total
 
     def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
         """See :class:`~ddpatch.parallel.transport.Transport`. Collective."""
-        total = _copy(tensor)
+        total = copied(tensor)
         return partial(_finish, self._sums.allreduce([total]), total)
 
     def start_exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Callable[[], dict[int, Tensor]]:
@@ -109,10 +109,6 @@ def _padded(rows: Tensor, count: int) -> Tensor:
     if len(rows) == count:
         return rows
     return torch.cat([rows, rows.new_zeros(count - len(rows), *rows.shape[1:])])
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _finish(work: Any, total: Tensor) -> Tensor:

@@ -39,6 +39,33 @@ class Transport(Protocol):
         """Release what the transport holds."""
 
 
+class Alone:
+    """One rank, whose results are copies of what it has: nothing leaves the device, and nothing is waited for."""
+
+    def start_allgather(self, rows: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
+        """See :class:`Transport`."""
+        return partial(copied, rows)
+
+    def reduce_scatter(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """See :class:`Transport`."""
+        return copied(rows)
+
+    def allreduce(self, tensor: Tensor) -> Tensor:
+        """See :class:`Transport`."""
+        return copied(tensor)
+
+    def start_sum(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """See :class:`Transport`."""
+        return partial(copied, tensor)
+
+    def start_exchange(self, outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Callable[[], dict[int, Tensor]]:
+        """See :class:`Transport`; there is no other rank to send to."""
+        return dict
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 class HostTransport:
     """MPI from host memory: what is on a GPU is staged through pinned buffers, what is not is not copied.
 
@@ -133,11 +160,21 @@ class CudaAwareTransport(HostTransport):
         return like.new_empty(tuple(shape))
 
 
+def through_host(moves: Any, sums: Any) -> Transport:
+    """What carries tensors through host memory, where there is anybody to carry them to; arguments of :class:`HostTransport`."""
+    return HostTransport(moves, sums) if moves.size > 1 else Alone()
+
+
 def settle(*tensors: Tensor) -> None:
     """Wait until the GPUs of these tensors have done what was asked of them: MPI knows nothing of streams. It must neither read
     what is still being written, nor write into new memory that earlier work still uses."""
     for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
         torch.cuda.current_stream(device).synchronize()
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy, without gradients."""
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
