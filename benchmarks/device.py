@@ -7,8 +7,9 @@ Whole steps of the optimiser (:meth:`ddpatch.training.Training.advance`) on a ro
 is one. Every way of execution runs in a process of its own. Operations are those of convolutions and matrix products
 (ddpatch/ledger.py; with those that groups repeat), their peak that of the product of two square matrices of the same type.
 Traffic is what all other operations read and write, were nothing in a cache, and its peak that of a copy. Where the host waits
-for a number, the device may idle: that is counted too, less what a profile of nothing has. The report goes to
-benchmarks/results/, with the largest entries of a profile.
+for a number, the device may idle: that is counted too, less what a profile of nothing has. While the device works, the host reads
+the next batch and draws its noise, which by itself takes what the last column says. The report goes to benchmarks/results/, with
+the largest entries of a profile.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def measure(way: str, args: argparse.Namespace) -> Row:
         device, execution = training.device, training.config.execution
         first = seconds(training.advance, device)
         taken = statistics.median([seconds(training.advance, device) for _ in range(1 + args.steps)][1:])
-        memory, traffic = peak_memory(device), Traffic()
+        memory, traffic, batch = peak_memory(device), Traffic(), seconds(training.next_batch, device)
         found = profiled(training.advance, device)
         waits = count_waits(found) - count_waits(profiled(lambda: None, device))
         if not execution.compile:
@@ -112,6 +113,7 @@ def measure(way: str, args: argparse.Namespace) -> Row:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "processor",
         "seconds": taken,
         "first": first,
+        "batch": batch,
         "memory": memory,
         "flops": flops,
         "peak": peak,
@@ -163,6 +165,7 @@ def report(rows: list[Row], args: argparse.Namespace) -> str:
                 "GB",
                 "waits of the host",
                 "first step, s",
+                "a batch, s",
             ),
             [cells(row, voxels) for row in rows],
         ),
@@ -185,6 +188,7 @@ def cells(row: Row, voxels: int) -> list[str]:
         f"{row['memory'] / 1e9:.2f}",
         str(row["waits"]) if row["device"] != "processor" else "",
         f"{row['first']:.1f}",
+        f"{row['batch']:.3f}",
     ]
 
 

@@ -29,6 +29,7 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.imagined import META, ImaginedRanks
 from ddpatch.run import Field, decompose, dtype, replicas, stencil_reach
 from ddpatch.statistics.covariance import Moments
+from ddpatch.tables import forget
 from ddpatch.training import Batch, Training
 
 KEPT = WEIGHTS, AVERAGE, MOMENTS = "weights", "average", "moments"
@@ -163,6 +164,7 @@ def rehearse_all(config: Config, header: VolumeHeader, ranks: int, copies: int) 
     training = Rehearsal(config, header, comm)
     ledger = Ledger(header.ndim, most, {p.shape for p in training.model.parameters()})
     training.watch_coarse(ledger)
+    forget()  # or the tables that another rehearsal made would be missing in this one
     with Meta(), ledger:
         training.fill_moments()
         step = spent(training, ledger, training.advance)

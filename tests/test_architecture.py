@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "ddpatch"
 FLOORS = [
-    ("errors", "couplings", "config", "decomposition", "random", "notice"),
+    ("errors", "couplings", "config", "decomposition", "random", "tables", "notice"),
     (
         *("parallel.comm", "parallel.connection", "parallel.devices", "parallel.transport", "parallel.torch_transport"),
         *("model", "diffusion", "optimiser"),

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
+
+from ddpatch.tables import keep
 
 Weighting = Callable[[Tensor], Tensor]
 
@@ -42,7 +43,6 @@ class RelativeError:
         return modes.sum() / (modes * power.square() * square / (power.square() + square)).sum(1)
 
 
-@cache
+@keep
 def _values(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept where they are wanted: a device would wait for a copy."""
     return torch.tensor(values, dtype=dtype, device=device)

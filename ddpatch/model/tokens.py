@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from ddpatch.decomposition import Decomposition
 from ddpatch.errors import UserError
 from ddpatch.model.convolution import CONV
 from ddpatch.model.interpolation import Interpolation, along
+from ddpatch.tables import keep
 
 
 class Restriction(nn.Module):
@@ -130,9 +130,9 @@ def weighting(cell: int, overlap: int) -> Tensor:
     return F.conv1d(torch.full((1, 1, cell), 1 / cell).double(), torch.full((1, 1, w), 1 / w).double(), padding=w - 1)[0, 0]
 
 
-@cache
+@keep
 def averages(cell: int, overlap: int, points: int, margin: int, device: torch.device) -> Tensor:
-    """The weighted means of the q cells of a window along one axis, as a matrix with shape ``[points, q]``; kept."""
+    """The weighted means of the q cells of a window along one axis, as a matrix with shape ``[points, q]``."""
     kernel, q = weighting(cell, overlap), (points - 2 * margin) // cell
     first = margin - (len(kernel) - cell) // 2
     matrix = kernel.new_zeros(points, q)
@@ -171,7 +171,7 @@ def neighbours(degree: int, rim: int = 0, cell: int = 1) -> int:
     return (degree + 1) // 2 + -(-rim // cell)
 
 
-@cache
+@keep
 def spline_weights(q: int, cell: int, degree: int, ring: int, rim: int, device: torch.device) -> Tensor:
     """B-splines of q tokens and some neighbours on either side, at the q * cell points between, along one axis.
 
@@ -286,7 +286,7 @@ def pool(x: Tensor, shape: Sequence[int]) -> Tensor:
     return x.movedim(-1, 1)
 
 
-@cache
+@keep
 def pooling(points: int, blocks: int, device: torch.device) -> Tensor:
     """Means over the points that meet each of equal blocks, along one axis: weights with shape ``[points, blocks]``."""
     matrix = torch.zeros(points, blocks, dtype=torch.float64)

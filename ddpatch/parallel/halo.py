@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from ddpatch.decomposition import Decomposition, Index
 from ddpatch.errors import UserError
 from ddpatch.model.coupling import Arrival
 from ddpatch.parallel.comm import Communicator
+from ddpatch.tables import keep
 
 Box = tuple[slice, ...]
 ALL = slice(None)
@@ -31,9 +31,9 @@ class Move(NamedTuple):
     patches: tuple[int, ...]
 
 
-@cache
+@keep
 def places(patches: tuple[int, ...], device: torch.device) -> Tensor:
-    """Numbers of patches as an index on the device, which is kept there: it would wait for a copy."""
+    """Numbers of patches as an index on the device."""
     return torch.tensor(patches, device=device)
 
 
