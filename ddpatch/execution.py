@@ -1,4 +1,4 @@
-"""How a configuration is executed: whether it can be so here, copies to the device, compiled code, and freed memory."""
+"""How a configuration is executed: whether it can be with these patches on this device, compiled code, and freed memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sysconfig
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from ddpatch.config import Config, ExecutionConfig
 from ddpatch.decomposition import Decomposition
@@ -98,12 +97,6 @@ def compile_fine_level(model: TwoLevelModel, execution: ExecutionConfig) -> None
 def cache_folder() -> Path:
     """``ddpatch`` in the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddpatch"
-
-
-def send(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on the device, without waiting for what that is still to do."""
-    there = x.pin_memory() if device.type == "cuda" else x
-    return there.to(device, non_blocking=True)
 
 
 def keep_freed_memory(device: torch.device, at_once: int | None = None) -> None:

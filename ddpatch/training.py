@@ -15,8 +15,9 @@ from ddpatch.data.fields import FieldFile
 from ddpatch.decomposition import block_range
 from ddpatch.diffusion.average import AveragedModel
 from ddpatch.errors import UserError
-from ddpatch.execution import compile_fine_level, keep_freed_memory, send
+from ddpatch.execution import compile_fine_level, keep_freed_memory
 from ddpatch.io import checkpoint
+from ddpatch.model.ferry import send
 from ddpatch.notice import Notice
 from ddpatch.parallel.collectives import Exchange
 from ddpatch.parallel.comm import Communicator

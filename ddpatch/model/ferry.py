@@ -60,13 +60,19 @@ class Ferry:
 
     def _send(self, x: Tensor) -> Tensor:
         if self.device.type != "cuda":
-            return x.to(self.device)
+            return send(x, self.device)
         out, now = _streams(self.device)[0], torch.cuda.current_stream(self.device)
         with torch.cuda.stream(out):
-            sent = x.contiguous().pin_memory().to(self.device, non_blocking=True)
+            sent = send(x, self.device)
         now.wait_stream(out)
         sent.record_stream(now)  # its memory is of the other stream
         return sent
+
+
+def send(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what that is still to do."""
+    held = x.contiguous().pin_memory() if device.type == "cuda" else x
+    return held.to(device, non_blocking=True)
 
 
 @cache
