@@ -16,7 +16,6 @@ RANKS=${RANKS:-2}
 
 make_environment .venv mpich,report
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export MPIR_CVAR_CH4_PROGRESS_THROTTLE=1 # MPICH: ranks that wait give way where there are more than cores
 mkdir -p "$FOLDER"
 
 # verb NAME ARGUMENTS...: says what it runs, and runs it.

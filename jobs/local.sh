@@ -10,5 +10,4 @@ CONFIG=$1 RUN=$2 RANKS=${3:-2}
 VENV=${VENV:-.venv}
 MPIEXEC=${MPIEXEC:-$VENV/bin/mpiexec}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-export MPIR_CVAR_CH4_PROGRESS_THROTTLE=1 # MPICH: ranks that wait give way where there are more than cores
 exec "$MPIEXEC" -n "$RANKS" "$VENV/bin/python" -m ddpatch train "$CONFIG" --run "$RUN" "${@:4}"

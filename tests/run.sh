@@ -7,7 +7,6 @@ source jobs/environment.sh
 
 LEG_SECONDS=${LEG_SECONDS:-1800}
 export OMP_NUM_THREADS=1
-export MPIR_CVAR_CH4_PROGRESS_THROTTLE=1                          # MPICH: ranks that wait give way where there are more than cores
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 # Open MPI: containers run as root
 
 SUMMARY=()

@@ -23,18 +23,13 @@ from torch import Tensor
 from ddpatch.errors import Left, UserError
 from ddpatch.parallel.connection import connect
 from ddpatch.parallel.devices import choose_device, visible_gpus
+from ddpatch.parallel.launch import check_library, check_size, is_first, sleep_if_crowded
 from ddpatch.parallel.transport import Transport, as_bytes, memory, through_host
 
 mpi4py.rc.initialize = False  # the launcher is checked before MPI_Init, which would otherwise end the process with its own words
 mpi4py.rc.finalize = True
 from mpi4py import MPI  # noqa: E402
 
-LAUNCHERS = {  # size variable: (launcher, what the MPI library calls itself; None: whichever is built against it)
-    "OMPI_COMM_WORLD_SIZE": ("Open MPI's mpirun", "Open MPI"),
-    "PMI_SIZE": ("mpiexec of MPICH", None),
-    "SLURM_STEP_NUM_TASKS": ("srun", None),
-}
-RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 GRACE_SECONDS = 2.0
 FORWARD_SECONDS = 0.5
 LEFT = os.EX_TEMPFAIL
@@ -319,7 +314,7 @@ def guard(verb: Callable[[Communicator], None]) -> int:
     try:
         comm = Communicator()
     except UserError as mistake:
-        if all(os.environ.get(variable, "0") == "0" for variable in RANKS):
+        if is_first():
             print(f"ddpatch: error: {mistake}", file=sys.stderr, flush=True)
         return 2
     try:
@@ -341,15 +336,12 @@ def start_mpi() -> None:
     """
     library = mpi_library()
     if not MPI.Is_initialized():  # a parallel h5py may have done it
-        for variable, (launcher, family) in LAUNCHERS.items():
-            if family and _asked(variable) > 1 and family not in library:
-                raise UserError(_foreign(launcher, _asked(variable), library))
+        check_library(library)
+        sleep_if_crowded()
         MPI.Init_thread()
     if MPI.COMM_WORLD.size > 1:
         sys.excepthook = end_job
-    for variable, (launcher, _) in LAUNCHERS.items():
-        if _asked(variable) > 1 and MPI.COMM_WORLD.size == 1:
-            raise UserError(_foreign(launcher, _asked(variable), library))
+    check_size(MPI.COMM_WORLD.size, library)
 
 
 def end_job(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -363,18 +355,6 @@ def abort(text: str, code: int) -> None:
     print(text, file=sys.stderr, flush=True)
     time.sleep(FORWARD_SECONDS)  # output and abort reach the launcher on two ways, and it reads no more after the abort
     MPI.COMM_WORLD.Abort(code)
-
-
-def _asked(variable: str) -> int:
-    text = os.environ.get(variable, "")
-    return int(text) if text.isdigit() else 1
-
-
-def _foreign(launcher: str, asked: int, library: str) -> str:
-    return (
-        f"{launcher} started {asked} processes, but mpi4py uses {library} and each would run alone; "
-        "use the mpiexec or srun that belongs to it"
-    )
 
 
 def mpi_library() -> str:

@@ -60,7 +60,7 @@ class Campaign:
         """Start a command on all ranks."""
         mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         line = [str(mpiexec), "-n", str(RANKS), sys.executable, "-m", "ddpatch", *verb]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MPIR_CVAR_CH4_PROGRESS_THROTTLE": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (self.folder / "stderr").open("w") as errors:
             return subprocess.Popen(line, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
 
