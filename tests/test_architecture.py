@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def floor(module: str) -> int:
     return known[max((name for name in known if f"{module}.".startswith(f"{name}.")), key=len)]
 
 
+@cache
 def modules() -> dict[str, ast.Module]:
     names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in sorted(PACKAGE.rglob("*.py"))}
     return {name: ast.parse(path.read_text()) for path, name in names.items() if path.name != "__init__.py"}

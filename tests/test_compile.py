@@ -21,7 +21,7 @@ from ddpatch.sample import Sampler
 from ddpatch.train import train
 from ddpatch.training import Training
 
-NETWORK: dict[str, object] = {"channels": [4, 4, 4]}
+NETWORK: dict[str, object] = {"channels": [4, 4]}
 ENCODER_AND_DECODER = 2
 
 
