@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ddpatch"
 FLOORS = [
     ("errors", "couplings", "config", "decomposition", "random", "tables", "notice"),
     (
-        *("parallel.comm", "parallel.connection", "parallel.devices", "parallel.launch", "parallel.transport"),
+        *("parallel.comm", "parallel.connection", "parallel.devices", "parallel.launcher", "parallel.transport"),
         *("parallel.torch_transport", "model", "diffusion", "optimiser"),
     ),
     ("parallel", "data", "io", "statistics", "ledger"),

@@ -23,7 +23,7 @@ from torch import Tensor
 from ddpatch.errors import Left, UserError
 from ddpatch.parallel.connection import connect
 from ddpatch.parallel.devices import choose_device, visible_gpus
-from ddpatch.parallel.launch import check_library, check_size, is_first, sleep_if_crowded
+from ddpatch.parallel.launcher import check_library, check_size, is_first, sleep_if_crowded
 from ddpatch.parallel.transport import Transport, as_bytes, memory, through_host
 
 mpi4py.rc.initialize = False  # the launcher is checked before MPI_Init, which would otherwise end the process with its own words

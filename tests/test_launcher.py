@@ -8,25 +8,25 @@ from pathlib import Path
 import pytest
 
 from ddpatch.errors import UserError
-from ddpatch.parallel import launch as launched
+from ddpatch.parallel import launcher
 from jobs import NEEDS_MPIEXEC, launch
 
 
 @pytest.mark.parametrize(("ranks", "sleep"), [("1", None), ("4", None), ("5", "1"), ("", None)])
 def test_ranks_sleep_only_where_cores_are_fewer(monkeypatch: pytest.MonkeyPatch, ranks: str, sleep: str | None) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    monkeypatch.setenv(launched.LOCAL_SIZE, ranks)
-    monkeypatch.delenv(launched.SLEEPS, raising=False)
+    monkeypatch.setenv(launcher.LOCAL_SIZE, ranks)
+    monkeypatch.delenv(launcher.SLEEPS, raising=False)
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    launched.sleep_if_crowded()
-    assert os.environ.get(launched.SLEEPS) == sleep
+    launcher.sleep_if_crowded()
+    assert os.environ.get(launcher.SLEEPS) == sleep
 
 
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(launched.LOCAL_SIZE, str(1 + (os.cpu_count() or 1)))
-    monkeypatch.setenv(launched.SLEEPS, "0")
-    launched.sleep_if_crowded()
-    assert os.environ[launched.SLEEPS] == "0"
+    monkeypatch.setenv(launcher.LOCAL_SIZE, str(1 + (os.cpu_count() or 1)))
+    monkeypatch.setenv(launcher.SLEEPS, "0")
+    launcher.sleep_if_crowded()
+    assert os.environ[launcher.SLEEPS] == "0"
 
 
 @NEEDS_MPIEXEC
@@ -53,13 +53,13 @@ def test_a_rank_that_waits_in_a_crowd_leaves_its_core_to_others(tmp_path: Path) 
 
 def test_a_library_of_another_launcher_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
-    launched.check_library("Open MPI v5.0.0")
+    launcher.check_library("Open MPI v5.0.0")
     with pytest.raises(UserError, match=r"Open MPI's mpirun started 3 processes, but mpi4py uses MPICH 5\.0"):
-        launched.check_library("MPICH 5.0")
+        launcher.check_library("MPICH 5.0")
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMI_SIZE", "2")
-    launched.check_size(2, "MPICH 5.0")
+    launcher.check_size(2, "MPICH 5.0")
     with pytest.raises(UserError, match=r"mpiexec of MPICH started 2 processes"):
-        launched.check_size(1, "MPICH 5.0")
+        launcher.check_size(1, "MPICH 5.0")
