@@ -12,7 +12,7 @@ assert VERSION is not None, "ddpatch/__init__.py: no __version__"
 
 REPORT = ["matplotlib>=3.8"]
 TENSORBOARD = ["tensorboard>=2.14"]
-TEST = ["pytest>=9", "pytest-mpi>=0.6", "hypothesis>=6.100", "xarray>=2024.1", "h5netcdf>=1.3"]
+TEST = ["pytest>=9", "pytest-mpi>=0.6", "pytest-xdist>=3.6", "hypothesis>=6.100", "xarray>=2024.1", "h5netcdf>=1.3"]
 LINT = ["ruff>=0.17", "mypy>=2", "types-PyYAML>=6"]
 
 setup(

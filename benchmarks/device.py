@@ -3,6 +3,9 @@
     python benchmarks/device.py                                                    # meant for a GPU with 80 GB
     python benchmarks/device.py --patch 32 --patches 8 --channels 32 64 128        # a processor with one thread
 
+On a GPU two questions more: what it would gain to round the factors of products in float32 (TF32), which ddpatch does not do,
+and what, to let cuDNN measure its convolutions before it chooses one.
+
 Whole steps of the optimiser (:meth:`ddpatch.training.Training.advance`) on a row of patches of white noise, on the GPU if there
 is one. Every way of execution runs in a process of its own. Operations are those of convolutions and matrix products
 (ddpatch/ledger.py; with those that groups repeat), their peak that of the product of two square matrices of the same type.
@@ -22,7 +25,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from hardware import describe
@@ -40,11 +43,27 @@ from ddpatch.log import peak_memory
 from ddpatch.parallel.comm import Communicator
 from ddpatch.rehearsal import rehearse
 
-WAYS: dict[str, dict[str, Any]] = {
-    "as it is": {},
-    "bfloat16": {"precision": "bfloat16"},
-    "bfloat16, compiled": {"precision": "bfloat16", "compile": True},
-    "bfloat16, compiled, a patch at a time": {"precision": "bfloat16", "compile": True, "patches_at_once": 1},
+LOWER: dict[str, Any] = {"precision": "bfloat16"}
+
+
+class Way(NamedTuple):
+    """How a step is executed: keys of the configuration's section, and, on GPUs only, whether factors in float32 are rounded to
+    TF32, and whether cuDNN measures which convolution is fastest.
+    """
+
+    execution: dict[str, Any]
+    rounded: bool = False
+    measured: bool = False
+
+
+WAYS = {
+    "as it is": Way({}),
+    "factors rounded to TF32": Way({}, rounded=True),
+    "bfloat16": Way(LOWER),
+    "bfloat16, convolutions measured": Way(LOWER, measured=True),
+    "bfloat16, compiled": Way(LOWER | {"compile": True}),
+    "bfloat16, compiled, convolutions measured": Way(LOWER | {"compile": True}, measured=True),
+    "bfloat16, compiled, a patch at a time": Way(LOWER | {"compile": True, "patches_at_once": 1}),
 }
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices; a copy has as many bytes as four of them
 ENTRIES = 12
@@ -89,14 +108,22 @@ def measure_peaks(dtype: torch.dtype, device: torch.device) -> tuple[float, floa
     return 2 * len(matrix) ** 3 / product, 2 * source.nbytes / copy
 
 
-def measure(way: str, args: argparse.Namespace) -> Row:
+def possible(way: Way, device: torch.device) -> bool:
+    """Whether it makes a difference here."""
+    lower, gpu = "precision" in way.execution, device.type == "cuda"
+    return (not lower or computes_bfloat16(device)) and (gpu or not (way.rounded or way.measured))
+
+
+def measure(name: str, args: argparse.Namespace) -> Row:
     """One way of execution in this process."""
-    comm, grid = Communicator(), (args.patch * args.patches, args.patch, args.patch)
+    way, comm, grid = WAYS[name], Communicator(), (args.patch * args.patches, args.patch, args.patch)
     model = {"channels": args.channels}
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_training(Path(folder), grid, (args.patch,) * 3, model, comm, WAYS[way]) as training,
+        open_training(Path(folder), grid, (args.patch,) * 3, model, comm, way.execution) as training,
     ):
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = way.rounded
+        torch.backends.cudnn.benchmark = way.measured
         device, execution = training.device, training.config.execution
         first = seconds(training.advance, device)
         taken = statistics.median([seconds(training.advance, device) for _ in range(1 + args.steps)][1:])
@@ -109,7 +136,7 @@ def measure(way: str, args: argparse.Namespace) -> Row:
         flops = rehearse(training.config, training.batches.file.header, 1).step.flops
     peak, bandwidth = measure_peaks(torch.bfloat16 if execution.precision == "bfloat16" else torch.float32, device)
     return {
-        "way": way,
+        "way": name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "processor",
         "seconds": taken,
         "first": first,
@@ -215,9 +242,9 @@ def main() -> None:
     options += ["--channels", *map(str, args.channels)]
     rows: list[Row] = []
     path = stem(f"device_{device.type}")
-    for way, execution in WAYS.items():
-        if "precision" not in execution or computes_bfloat16(device):
-            rows.append(json.loads(launch(1, __file__, *options, "--worker", way, threads=args.threads).splitlines()[-1]))
+    for name, way in WAYS.items():
+        if possible(way, device):
+            rows.append(json.loads(launch(1, __file__, *options, "--worker", name, threads=args.threads).splitlines()[-1]))
             print({key: value for key, value in rows[-1].items() if key != "entries"}, flush=True)
             write_rows(path.with_suffix(".csv"), [{k: v for k, v in row.items() if k != "entries"} for row in rows])
             path.with_suffix(".md").write_text(report(rows, args))

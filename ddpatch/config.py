@@ -204,10 +204,10 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """``device`` is ``auto``, ``cpu`` or ``cuda``; ``deterministic`` sums over ranks in rank order: runs repeat bit for bit;
-    ``replicas`` is the number of groups of ranks that train on different samples, ``null`` as few as there can be;
-    ``transport`` of tensors is ``host`` (MPI from host memory), ``cuda-aware`` (MPI from the memory of GPUs, where the library
-    can) or ``torch`` (NCCL, where every rank has a GPU of its own; gloo on CPUs); ``share_device`` lets ranks share a GPU.
+    """``device`` is ``auto``, ``cpu`` or ``cuda``; ``deterministic`` sums over ranks in rank order, and on GPUs likewise: runs
+    repeat bit for bit; ``replicas`` is the number of groups of ranks that train on different samples, ``null`` as few as there
+    can be; ``transport`` of tensors is ``host`` (MPI from host memory), ``cuda-aware`` (MPI from the memory of GPUs, where the
+    library can) or ``torch`` (NCCL, where every rank has a GPU of its own; gloo on CPUs); with ``share_device`` ranks share GPUs.
     """
 
     device: str = "auto"
@@ -228,9 +228,10 @@ class ExecutionConfig:
     every sample on a rank, whose features are in memory together; ``null`` all of them (:mod:`ddpatch.model.groups`). ``tune``
     lets a training choose it: all if they fit into memory, else the fastest of measured groups (:mod:`ddpatch.tuning`).
     ``precision`` of the features of the fine level is ``full``, that of ``train.dtype``, or ``bfloat16``; weights, fields, the
-    coarse level and all sums are of ``train.dtype`` anyway. ``coarse`` is ``replicated``: every rank transforms the tokens of all
-    patches; ``sharded``: those of its own, with keys and values gathered; ``auto`` decides by the number of tokens. ``compile``
-    lets torch translate encoder and decoder into code for this device when they first run.
+    coarse level and all sums are of ``train.dtype`` anyway, and GPUs do not round their factors (TF32). ``coarse`` is
+    ``replicated``: every rank transforms the tokens of all patches; ``sharded``: those of its own, with keys and values gathered;
+    ``auto`` decides by the number of tokens. ``compile`` lets torch translate encoder and decoder into code for this device when
+    they first run.
     """
 
     patches_at_once: int | None = None

@@ -111,7 +111,7 @@ if ((FAILED > 0)); then finish; fi
 leg "ruff check" .venv/bin/ruff check .
 leg "ruff format" .venv/bin/ruff format --check .
 leg "mypy" .venv/bin/python -m mypy
-leg "serial" .venv/bin/python -m pytest -q tests
+leg "serial" .venv/bin/python -m pytest -q --numprocesses 2 --dist worksteal tests
 for ranks in 1 2 3; do
     leg "$ranks ranks" .venv/bin/mpiexec -n "$ranks" .venv/bin/python -m pytest -q --color=no --with-mpi tests
 done

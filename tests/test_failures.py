@@ -94,6 +94,15 @@ def test_a_mistake_that_all_ranks_find_is_reported_once(tmp_path: Path) -> None:
     assert done.stderr.count("ddpatch: error: file: bad") == 1 and "Traceback" not in done.stderr
 
 
+def test_a_gpu_that_is_full_is_one_line_with_what_to_change(tmp_path: Path) -> None:
+    text = "CUDA out of memory. Tried to allocate 9.00 GiB. GPU 0 has a total capacity of 8.00 GiB. Of the allocated memory ..."
+    body = f"import torch\nif comm.rank == 1:\n    raise torch.cuda.OutOfMemoryError({text!r})\ncomm.barrier()"
+    done, _ = launch(2, script(tmp_path, body))
+    assert done.returncode == 2
+    assert "error: memory: CUDA out of memory; Tried to allocate 9.00 GiB; GPU 0 has a total capacity of 8.00 GiB;" in done.stderr
+    assert "execution.patches_at_once" in done.stderr and "(rank 1)" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_plain_scripts_are_covered_too(tmp_path: Path) -> None:
     path = tmp_path / "plain.py"
     path.write_text(

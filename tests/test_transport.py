@@ -1,11 +1,15 @@
-"""Who takes which GPU, and which transports are refused: whatever needs no second rank."""
+"""Who takes which GPU, how that computes, and which transports are refused: whatever needs no second rank."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from ddpatch.errors import UserError
+from ddpatch.parallel import comm as communicator
 from ddpatch.parallel.comm import Communicator
 from ddpatch.parallel.connection import takes_gpu_memory
 from ddpatch.parallel.devices import choose_device
@@ -45,6 +49,32 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
     for share in (False, True):
         with pytest.raises(UserError, match=r"parallel\.device: 2 ranks on this node for 0 GPUs"):
             choose_device("cuda", seen, 0, share)
+
+
+@pytest.fixture
+def arithmetic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torch is told of GPUs, as it is by default, before and after; and one GPU that is not there."""
+    monkeypatch.setattr(communicator, "visible_gpus", lambda: ["a"])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("arithmetic")
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_gpu_rounds_no_factors_and_adds_in_one_order_where_runs_repeat(deterministic: bool) -> None:
+    """What comes of it is in tests/mpi/test_gpu.py, where there are GPUs."""
+    comm = Communicator(deterministic=deterministic)
+    comm.place("cpu")
+    assert torch.backends.cudnn.allow_tf32  # torch's default, which is not ours
+    assert comm.place("cuda").type == "cuda"
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is deterministic
+    comm.free()
 
 
 def test_cuda_aware_mpi_is_refused_without_a_gpu_and_changes_nothing() -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddpatch.errors import Left, UserError
 from ddpatch.parallel.connection import connect
-from ddpatch.parallel.devices import choose_device, visible_gpus
+from ddpatch.parallel.devices import choose_device, set_arithmetic, visible_gpus
 from ddpatch.parallel.launcher import check_library, check_size, is_first, sleep_if_crowded
 from ddpatch.parallel.transport import Transport, as_bytes, memory, through_host
 
@@ -237,7 +237,7 @@ class Communicator:
         return value
 
     def place(self, device: str = "auto", share: bool = False) -> torch.device:
-        """Choose this rank's device and number of threads by its place on the node. Collective.
+        """Choose this rank's device and number of threads by its place on the node, and how a GPU computes. Collective.
 
         Arguments:
             device: ``cpu``, ``cuda``, or ``auto`` (``cuda`` where there is one).
@@ -256,6 +256,7 @@ class Communicator:
         chosen = choose_device(device, seen, local, share)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
+            set_arithmetic(self.deterministic)
         return chosen
 
     def refuse(self, mistake: UserError) -> int:
@@ -308,8 +309,8 @@ class Communicator:
 def guard(verb: Callable[[Communicator], None]) -> int:
     """Run a verb on all ranks under the rules of failure; returns the exit code. Collective.
 
-    A :class:`UserError` becomes one line and code 2, a :class:`Left`, which all ranks raise together, one line and code 75. Any
-    other exception ends the job with this rank's traceback.
+    A :class:`UserError`, or that a GPU is full, becomes one line and code 2, a :class:`Left`, which all ranks raise together, one
+    line and code 75. Any other exception ends the job with this rank's traceback.
     """
     try:
         comm = Communicator()
@@ -321,11 +322,22 @@ def guard(verb: Callable[[Communicator], None]) -> int:
         verb(comm)
     except UserError as mistake:
         return comm.refuse(mistake)
+    except torch.cuda.OutOfMemoryError as full:
+        return comm.refuse(too_large(full))
     except Left as left:
         if comm.rank == 0:
             print(f"ddpatch: {left}", file=sys.stderr, flush=True)
         return LEFT
     return 0
+
+
+def too_large(full: torch.cuda.OutOfMemoryError) -> UserError:
+    """What a user may do about a GPU that is full, with what torch says of it."""
+    facts = "; ".join(str(full).split(". ")[:3])
+    return UserError(
+        f"memory: {facts}; less is needed with execution.patches_at_once, execution.precision=bfloat16, a smaller sample.batch "
+        "or more ranks: ddpatch plan says how much by a training"
+    )
 
 
 def start_mpi() -> None:

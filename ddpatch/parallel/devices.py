@@ -1,7 +1,8 @@
-"""The GPUs of a node, and which rank takes which."""
+"""The GPUs of a node, which rank takes which, and how they compute."""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 
@@ -41,6 +42,19 @@ def choose_device(wanted: str, seen: Sequence[Sequence[str]], local: int, share:
             "or set parallel.share_device to true, or parallel.device to cpu"
         )
     return torch.device("cuda", picks[local])
+
+
+def set_arithmetic(repeat: bool = False) -> None:
+    """Let GPUs multiply numbers in float32 as they are: torch's convolutions would round them to 10 bits of mantissa (TF32).
+
+    Arguments:
+        repeat: Whether results are to repeat bit for bit. Kernels that add in one order are taken then; torch warns of an
+            operation that has none.
+    """
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    if repeat:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS adds in one order then
+        torch.use_deterministic_algorithms(True, warn_only=True)
 
 
 def _pick(gpus: Sequence[str], taken: Counter[str]) -> int:
