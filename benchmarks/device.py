@@ -1,13 +1,14 @@
 """A training step on one device, held against what the device can do: products of matrices, and copies of memory.
 
-    python benchmarks/device.py                                                    # meant for a GPU with 80 GB
-    python benchmarks/device.py --patch 32 --patches 8 --channels 32 64 128        # a processor with one thread
+    python benchmarks/device.py --threads 8                                            # meant for a GPU with 80 GB
+    python benchmarks/device.py --threads 8 --cube --patches 8 --channels 32 64 128    # there: 1024³ points, a patch at a time
+    python benchmarks/device.py --patch 32 --patches 8 --channels 32 64 128            # a processor with one thread
 
 On a GPU two questions more: what it would gain to round the factors of products in float32 (TF32), which ddpatch does not do,
 and what, to let cuDNN measure its convolutions before it chooses one.
 
-Whole steps of the optimiser (:meth:`ddpatch.training.Training.advance`) on a row of patches of white noise, on the GPU if there
-is one. Every way of execution runs in a process of its own. Operations are those of convolutions and matrix products
+Whole steps of the optimiser (:meth:`ddpatch.training.Training.advance`) on a row, or a cube, of patches of white noise, on the
+GPU if there is one. Every way of execution runs in a process of its own. Operations are those of convolutions and matrix products
 (ddpatch/ledger.py; with those that groups repeat), their peak that of the product of two square matrices of the same type.
 Traffic is what all other operations read and write, were nothing in a cache, and its peak that of a copy. Where the host waits
 for a number, the device may idle: that is counted too, less what a profile of nothing has. While the device works, the host reads
@@ -44,6 +45,7 @@ from ddpatch.parallel.comm import Communicator
 from ddpatch.rehearsal import rehearse
 
 LOWER: dict[str, Any] = {"precision": "bfloat16"}
+SINGLY: dict[str, Any] = {"patches_at_once": 1}
 
 
 class Way(NamedTuple):
@@ -59,11 +61,12 @@ class Way(NamedTuple):
 WAYS = {
     "as it is": Way({}),
     "factors rounded to TF32": Way({}, rounded=True),
+    "a patch at a time": Way(SINGLY),
     "bfloat16": Way(LOWER),
     "bfloat16, convolutions measured": Way(LOWER, measured=True),
     "bfloat16, compiled": Way(LOWER | {"compile": True}),
     "bfloat16, compiled, convolutions measured": Way(LOWER | {"compile": True}, measured=True),
-    "bfloat16, compiled, a patch at a time": Way(LOWER | {"compile": True, "patches_at_once": 1}),
+    "bfloat16, compiled, a patch at a time": Way(LOWER | SINGLY | {"compile": True}),
 }
 SIDES = {"cpu": 2048, "cuda": 8192}  # of the matrices; a copy has as many bytes as four of them
 ENTRIES = 12
@@ -114,13 +117,19 @@ def possible(way: Way, device: torch.device) -> bool:
     return (not lower or computes_bfloat16(device)) and (gpu or not (way.rounded or way.measured))
 
 
+def ways(device: torch.device, cube: bool) -> list[str]:
+    """Those that are measured: of a cube the one that needs least memory."""
+    names = [name for name, way in WAYS.items() if possible(way, device)]
+    return [name for name in names if "patches_at_once" in WAYS[name].execution][-1:] if cube else names
+
+
 def measure(name: str, args: argparse.Namespace) -> Row:
     """One way of execution in this process."""
-    way, comm, grid = WAYS[name], Communicator(), (args.patch * args.patches, args.patch, args.patch)
-    model = {"channels": args.channels}
+    way, comm, model, side = WAYS[name], Communicator(), {"channels": args.channels}, args.patch * args.patches
+    grid = (side,) * 3 if args.cube else (side, args.patch, args.patch)
     with (
         tempfile.TemporaryDirectory() as folder,
-        open_training(Path(folder), grid, (args.patch,) * 3, model, comm, way.execution) as training,
+        open_training(Path(folder), grid, (args.patch,) * 3, model, comm, way.execution, measured=False) as training,
     ):
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = way.rounded
         torch.backends.cudnn.benchmark = way.measured
@@ -174,13 +183,14 @@ def entries(found: profile, device: torch.device) -> list[tuple[str, int, float]
 
 def report(rows: list[Row], args: argparse.Namespace) -> str:
     """The Markdown page."""
-    voxels, fastest = args.patches * args.patch**3, min(rows, key=lambda row: row["seconds"])
+    patches = args.patches**3 if args.cube else args.patches
+    voxels, fastest = patches * args.patch**3, min(rows, key=lambda row: row["seconds"])
     lines = [
         f"# A training step on one device, {date.today()}",
         "",
         f"{rows[0]['device']}; host: {describe(args.threads)}. `{command()}`",
         "",
-        f"{args.patches} patches of {args.patch}³ × 3, U-Net {'-'.join(map(str, args.channels))}, batch 1.",
+        f"{patches} patches of {args.patch}³ × 3, U-Net {'-'.join(map(str, args.channels))}, batch 1.",
         "",
         *table(
             (
@@ -229,6 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--patch", type=int, default=128, help="points per axis (default %(default)s)")
     parser.add_argument("--patches", type=int, default=2, help="in a row (default %(default)s)")
+    parser.add_argument("--cube", action="store_true", help="as many along every axis, and a patch at a time only")
     parser.add_argument("--channels", type=int, nargs="+", default=[128, 256, 512], help="of the U-Net (default 128 256 512)")
     parser.add_argument("--steps", type=int, default=3, help="timed, after two that are not (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of the host (default %(default)s)")
@@ -239,15 +250,14 @@ def main() -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = [f"--{key}={getattr(args, key)}" for key in ("patch", "patches", "steps", "threads")]
-    options += ["--channels", *map(str, args.channels)]
+    options += ["--channels", *map(str, args.channels)] + ["--cube"] * args.cube
     rows: list[Row] = []
-    path = stem(f"device_{device.type}")
-    for name, way in WAYS.items():
-        if possible(way, device):
-            rows.append(json.loads(launch(1, __file__, *options, "--worker", name, threads=args.threads).splitlines()[-1]))
-            print({key: value for key, value in rows[-1].items() if key != "entries"}, flush=True)
-            write_rows(path.with_suffix(".csv"), [{k: v for k, v in row.items() if k != "entries"} for row in rows])
-            path.with_suffix(".md").write_text(report(rows, args))
+    path = stem(f"device_{device.type}" + "-cube" * args.cube)
+    for name in ways(device, args.cube):
+        rows.append(json.loads(launch(1, __file__, *options, "--worker", name, threads=args.threads).splitlines()[-1]))
+        print({key: value for key, value in rows[-1].items() if key != "entries"}, flush=True)
+        write_rows(path.with_suffix(".csv"), [{k: v for k, v in row.items() if k != "entries"} for row in rows])
+        path.with_suffix(".md").write_text(report(rows, args))
     print(report(rows, args))
 
 

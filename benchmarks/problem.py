@@ -16,6 +16,7 @@ from ddpatch.io.volume import VolumeHeader
 from ddpatch.io.writers import open_writer
 from ddpatch.parallel.comm import Communicator
 from ddpatch.random import Stream, patch_noise
+from ddpatch.rehearsal import white_field
 from ddpatch.run import measure_field, resolve
 from ddpatch.training import Training
 
@@ -30,6 +31,7 @@ def open_training(
     model: dict[str, Any],
     comm: Communicator,
     execution: dict[str, Any] | None = None,
+    measured: bool = True,
 ) -> Iterator[Training]:
     """Train with the defaults but for the model and its execution, one sample per step, on a periodic grid of three channels.
     Collective.
@@ -40,6 +42,7 @@ def open_training(
         model: Keys of the configuration's section.
         comm: All ranks.
         execution: Likewise.
+        measured: Whether the moments of the data are measured, or those that white noise has are taken.
     """
     path, decomposition = folder / "noise.h5", Decomposition(tuple(grid), tuple(patch), comm.size)
     write(path, noise_patches(decomposition, comm), decomposition, comm, mode="gather")
@@ -47,7 +50,8 @@ def open_training(
     tree["execution"] = execution or {}
     with FieldFile(path) as file:
         config = resolve(build(tree, "benchmark"), file)
-        yield Training(config, file, measure_field(config, file, comm), comm)
+        field = measure_field(config, file, comm) if measured else white_field(config, file.header)
+        yield Training(config, file, field, comm)
 
 
 def noise_patches(grid: Decomposition, comm: Communicator) -> torch.Tensor:

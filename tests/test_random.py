@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ddpatch.random import Stream, generator, patch_noise
@@ -9,6 +10,14 @@ def test_noise_of_a_patch_does_not_depend_on_what_is_drawn_with_it() -> None:
     together = patch_noise((2, 4, 4), 7, Stream.NOISE, [3, 5], 0, range(6), torch.float32)
     alone = patch_noise((2, 4, 4), 7, Stream.NOISE, [5], 0, [4], torch.float32)
     assert torch.equal(together[1, 4], alone[0, 0])
+
+
+def test_threads_draw_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    for threads in (1, 3, 99):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        drawn.append(patch_noise((2, 4, 4), 7, Stream.NOISE, [3, 5], 0, range(6), torch.float32))
+    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
 
 
 def test_every_part_of_the_key_matters() -> None:
