@@ -44,7 +44,7 @@ def patch_noise(
     """White unit noise of some patches of some samples, with shape ``[sample, patch, *shape]``.
 
     The numbers are drawn in single precision on the CPU whatever ``dtype`` is, so that runs in different precisions see the
-    same noise, by as many threads as torch has: a GPU takes them faster than one draws them.
+    same noise, by as many threads as torch has.
 
     Arguments:
         shape: Shape of one patch, ``(channel, *patch_shape)``.

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddpatch.errors import Left, UserError
 from ddpatch.parallel.connection import connect
-from ddpatch.parallel.devices import choose_device, set_arithmetic, visible_gpus
+from ddpatch.parallel.devices import choose_device, set_arithmetic, too_large, visible_gpus
 from ddpatch.parallel.launcher import check_library, check_size, is_first, sleep_if_crowded
 from ddpatch.parallel.transport import Transport, as_bytes, memory, through_host
 
@@ -329,15 +329,6 @@ def guard(verb: Callable[[Communicator], None]) -> int:
             print(f"ddpatch: {left}", file=sys.stderr, flush=True)
         return LEFT
     return 0
-
-
-def too_large(full: torch.cuda.OutOfMemoryError) -> UserError:
-    """What a user may do about a GPU that is full, with what torch says of it."""
-    facts = "; ".join(str(full).split(". ")[:3])
-    return UserError(
-        f"memory: {facts}; less is needed with execution.patches_at_once, execution.precision=bfloat16, a smaller sample.batch "
-        "or more ranks: ddpatch plan says how much by a training"
-    )
 
 
 def start_mpi() -> None:

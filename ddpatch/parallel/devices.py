@@ -1,4 +1,4 @@
-"""The GPUs of a node, which rank takes which, and how they compute."""
+"""The GPUs of a node: which rank takes which, how they compute, and what a user may do about one that is full."""
 
 from __future__ import annotations
 
@@ -55,6 +55,15 @@ def set_arithmetic(repeat: bool = False) -> None:
     if repeat:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS adds in one order then
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def too_large(full: torch.cuda.OutOfMemoryError) -> UserError:
+    """What a user may do about a GPU that is full, with what torch says of it."""
+    facts = "; ".join(str(full).split(". ")[:3])
+    return UserError(
+        f"memory: {facts}; less is needed with execution.patches_at_once, execution.precision=bfloat16, a smaller sample.batch "
+        "or more ranks: ddpatch plan says how much by a training"
+    )
 
 
 def _pick(gpus: Sequence[str], taken: Counter[str]) -> int:
